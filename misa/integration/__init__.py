@@ -1,0 +1,1 @@
+"""Where the optimizer meets the libraries around it. Needs torch alone."""

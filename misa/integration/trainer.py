@@ -1,0 +1,36 @@
+"""The one line for a Hugging Face Trainer: `Trainer(optimizer_cls_and_kwargs=(misa.TrainerOptimizer, {...}))`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from misa.optimizer import LISA, MISA, BAdam, BlockCoordinateOptimizer
+
+PRESETS: dict[str, type[BlockCoordinateOptimizer]] = {"misa": MISA, "badam": BAdam, "lisa": LISA}
+
+
+class TrainerOptimizer:
+    """Factory that `transformers.Trainer` calls with the model, so that no Trainer subclass or callback is needed.
+
+    Example:
+        ```python
+        Trainer(model, args, optimizer_cls_and_kwargs=(misa.TrainerOptimizer, {"lr": 1e-4, "budget": 0.03}))
+        ```
+    """
+
+    def __call__(self, model: nn.Module, preset: str = "misa", **options: Any) -> BlockCoordinateOptimizer:
+        """Make the optimizer.
+
+        Args:
+            model: The model a Trainer trains.
+            preset: `"misa"`, `"badam"` or `"lisa"`.
+            **options: Arguments of the preset.
+
+        Raises:
+            ValueError: for an unknown preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}")
+        return PRESETS[preset](model, **options)

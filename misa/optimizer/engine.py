@@ -1,0 +1,384 @@
+"""Block-coordinate optimization: only the blocks drawn for the current round are trainable and hold state."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from misa.integration.checkpointing import prepare_before_first_forward, restore_prefix
+from misa.integration.record import RoundRecord
+from misa.integration.wrappers import refuse_unsupported
+from misa.optimizer import importance, state
+from misa.optimizer.active import ActiveSet, Entry, moved
+from misa.optimizer.blocks import Block, named_parameters, partition, rest, set_trainable
+from misa.optimizer.sampling import BlockSampler
+from misa.optimizer.settings import Settings
+
+
+class BlockCoordinateOptimizer(torch.optim.Optimizer):
+    """Adam (or any optimizer) on a few blocks of a model at a time.
+
+    At the start of a round some blocks are drawn; for `interval` steps they are the only trainable parameters of the
+    model, and the only ones with gradients, moments or fp32 master copies; then their importance is updated and the
+    next blocks are drawn (Algorithm 1 of arXiv 2511.00056). It is a `torch.optim.Optimizer`: closures, hooks,
+    schedulers, parameter groups, `copy.deepcopy` and `pickle` work as on AdamW.
+
+    Args:
+        params: A model; or its `(name, parameter)` pairs, all of them; or parameter groups of such pairs, each with
+            its own `lr` or `weight_decay`. From a model, parameters of one dimension get no weight decay.
+        settings: How to split, draw and step.
+        lr: Learning rate. Default 1e-3.
+        betas: Adam's moment factors. Default (0.9, 0.999).
+        eps: Adam's epsilon. Default 1e-8.
+        weight_decay: Decoupled weight decay of active weights. Default 0.
+
+    Raises:
+        ValueError: for settings out of range, parameters without names, or a budget that no block fits.
+    """
+
+    _step_supports_amp_scaling = True  # a GradScaler leaves unscaling to us, which admits fp16 weights
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        settings: Settings,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"{name}={value}: must not be negative")
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"betas={betas}: both must lie in [0, 1)")
+        self.settings = settings
+        model = params if isinstance(params, nn.Module) else None
+        groups: list[Any] = [] if isinstance(params, nn.Module) else list(params)
+        source: nn.Module | list[tuple[str, nn.Parameter]] = model or named_parameters(
+            pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])
+        )
+        self.blocks: tuple[Block, ...] = partition(source, settings.granularity, settings.include, settings.exclude)
+        others = rest(source, self.blocks)
+        always = [pair for kind in settings.always_on for pair in others[kind]]
+        if model is not None:
+            refuse_unsupported(model)
+            trained = [pair for b in self.blocks for pair in b.params] + always
+            groups = [{"params": [x for x in trained if x[1].ndim >= 2]}]
+            if thin := [x for x in trained if x[1].ndim < 2]:
+                groups.append({"params": thin, "weight_decay": 0.0})
+        self._all = [(name, p, p.requires_grad) for name, p in named_parameters(source)]
+        self._block_of = {p: i for i, b in enumerate(self.blocks) for _, p in b.params}
+        self._entries: dict[nn.Parameter, Entry] = {}
+        self._frozen = {p for _, p, _ in self._all} - set(self._block_of) - {p for _, p in always}
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for _, p, _ in self._all))
+        self._record = None if settings.record is None else RoundRecord(settings.record)
+        self._round = 0
+        self._step_in_round = 0
+        self._scores = torch.zeros(len(self.blocks), dtype=torch.float64)
+        self._counts = torch.zeros(len(self.blocks), dtype=torch.float64)
+        self._rounding = torch.Generator().manual_seed(settings.seed)
+        self._num_skipped: Tensor | int = 0
+        self._probe: dict[int, list[Tensor]] = {}
+        self._probe_handles: list[Any] = []
+        self._active: tuple[int, ...] = ()
+        for _, p, _ in self._all:
+            set_trainable(p, False)
+        self._on = ActiveSet((), (), settings, self.param_groups, self.state, self._rounding)
+        self._draw()
+        self._model = None if model is None else weakref.ref(model)
+        if model is not None:
+            prepare_before_first_forward(model)
+
+    # ---- what users read -------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the blocks that are on in this round."""
+        return tuple(self.blocks[i].name for i in self._active)
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Sampling probability of every block, as used for the current round's draw."""
+        return dict(zip((b.name for b in self.blocks), self._log_p.exp().tolist(), strict=True))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Importance score of every block, as the next draw will read it."""
+        values = importance.read(self._scores, self._counts, self.settings.score)
+        return dict(zip((b.name for b in self.blocks), values.tolist(), strict=True))
+
+    @property
+    def round(self) -> int:
+        """Number of finished rounds."""
+        return self._round
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps skipped because a gradient was NaN or infinite (reads the device)."""
+        return int(self._num_skipped)
+
+    @property
+    def active_numel(self) -> int:
+        """Number of elements trained in this round, always-on parameters included."""
+        return sum(e.param.numel() for e in self._on.entries)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes held by the optimizer: `master`, `moments`, and on the CPU `residual` and `kept` state."""
+        return state.state_bytes(self)
+
+    # ---- torch.optim.Optimizer -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; parameters added after construction are always on."""
+        super().add_param_group(param_group)
+        number = len(self.param_groups) - 1
+        params = self.param_groups[-1]["params"]
+        names = self.param_groups[-1].get("param_names") or [f"group{number}.{i}" for i in range(len(params))]
+        for name, p in zip(names, params, strict=True):
+            if p not in self._frozen:
+                self._entries[p] = Entry(name, p, number, self._block_of.get(p, -1))
+        if hasattr(self, "_on"):
+            self._switch_to(self._active)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimizer step on the active parameters; the last of a round draws the next blocks.
+
+        A step without any gradient changes nothing and is not counted. A step with a NaN or infinite gradient changes
+        no weight and is counted in `num_skipped_steps`.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        entries = self._on.with_gradient()
+        if not entries:
+            return loss
+        found = getattr(self, "found_inf", None)  # set by a GradScaler, with grad_scale unless it has unscaled
+        overflow = None if found is None else torch.as_tensor(found)
+        good = self._on.step(entries, getattr(self, "grad_scale", None), overflow)
+        self._num_skipped = self._num_skipped + ~good
+        self._step_in_round += 1
+        if self._step_in_round >= self._round_length:
+            self._end_round()
+        else:
+            self._start_probe_if_due()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of what is on; nothing else has any."""
+        for e in self._on.entries:
+            if set_to_none:
+                e.param.grad = None
+            elif e.param.grad is not None:
+                e.param.grad.detach_().zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit: tensors, numbers, strings, keyed by parameter name."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        result = state.pack(self)
+        for post in self._optimizer_state_dict_post_hooks.values():
+            changed = post(self, result)
+            result = result if changed is None else changed
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of an optimizer over the same model.
+
+        Raises:
+            ValueError: if names, shapes or the order of blocks differ; the message says how.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        state.unpack(self, state_dict)
+        if self._record is not None:
+            self._record.rewind()
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def release(self) -> None:
+        """Free all state and leave `requires_grad` of every parameter as it was found."""
+        self._stop_probe()
+        self._on.detach()
+        self._on = ActiveSet((), (), self.settings, self.param_groups, self.state, self._rounding)
+        for e in self._entries.values():
+            e.drop_state(keep_residual=False)
+            e.residual = e.param.grad = None
+        for _, p, found in self._all:
+            set_trainable(p, True)
+            p.requires_grad_(found)
+        if self._model is not None and (model := self._model()) is not None:
+            restore_prefix(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: hooks are made anew."""
+        values = {k: v for k, v in self.__dict__.items() if k not in ("_on", "_model", "_probe", "_probe_handles")}
+        return values | {"_packed": state.pack(self)}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        """Restore, and attach to the (copied) parameters."""
+        packed = values.pop("_packed", None)
+        super().__setstate__(values)
+        if packed is not None:
+            self._model, self._probe, self._probe_handles = None, {}, []
+            self.state.clear()
+            self._on = ActiveSet((), (), self.settings, self.param_groups, self.state, self._rounding)
+            state.unpack(self, packed)
+
+    # ---- rounds ----------------------------------------------------------------------------------------------------
+
+    def _draw(self) -> None:
+        """Draw the blocks of the next round and switch them on."""
+        s = self.settings
+        scores = importance.read(self._scores, self._counts, s.score)
+        eta = importance.auto_eta(scores, s.effective_share) if s.eta == "auto" else float(s.eta)
+        self._log_p = importance.log_probabilities(scores, eta, s.score.clip)
+        self._round_length = 1 if self._sampler.in_first_pass else s.interval
+        self._switch_to(self._sampler.draw(self._log_p))
+
+    def _switch_to(self, active: tuple[int, ...]) -> None:
+        """Make the parameters of these blocks, and the always-on ones, the trainable ones."""
+        self._stop_probe()
+        self._on.detach()
+        before = self._on.entries
+        self._active = active
+        on = [self._entries[p] for i in active for _, p in self.blocks[i].params if p in self._entries]
+        on += [e for e in self._entries.values() if e.block < 0]
+        staying = set(on)
+        for e in before:
+            if e not in staying:
+                set_trainable(e.param, False)
+                e.param.grad = None
+        for e in on:
+            set_trainable(e.param, True)
+        self._on = ActiveSet(on, active, self.settings, self.param_groups, self.state, self._rounding)
+        self._start_probe_if_due()
+
+    def _end_round(self) -> None:
+        """Finish the inner rule, update the scores, draw again, and free what went off."""
+        self._on.finish()
+        measured, seen = self._measured()
+        self._scores, self._counts = importance.update(self._scores, self._counts, measured, seen, self.settings.score)
+        if self._record is not None:
+            self._record.append(self._line(measured))
+        before = [e for e in self._on.entries if e.block >= 0]
+        self._round += 1
+        self._step_in_round = 0
+        self._draw()
+        policy = self.settings.state_policy
+        for e in before:
+            if policy == "reset" or (policy == "drop" and e.block not in self._active):
+                e.drop_state(keep_residual=self.settings.residual == "cpu")
+            elif policy == "cpu" and e.block not in self._active:
+                e.saved = None if e.saved is None else moved(e.saved, "cpu")
+                e.master = None if e.master is None else e.master.cpu()
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """The round's mean of what is scored, for every block, and which blocks were measured."""
+        rule = self.settings.score
+        measured = torch.full((len(self.blocks),), float("nan"), dtype=torch.float64)
+        if self.settings.order == "importance" or self._record is not None:
+            for i, mean in zip(self._active, self._on.means() or (), strict=False):
+                measured[i] = mean
+        for i, norms in self._probe.items():
+            if norms:
+                total = float(torch.stack(norms).double().square().sum())
+                measured[i] = total if rule.squared else total**0.5
+        if rule.per_parameter:
+            measured /= torch.tensor([b.numel for b in self.blocks], dtype=torch.float64)
+        seen = torch.isfinite(measured)
+        return measured.nan_to_num(0, 0, 0), seen
+
+    def _line(self, measured: Tensor) -> dict[str, Any]:
+        return {
+            "round": self._round,
+            "steps": self._step_in_round,
+            "active": list(self.active),
+            "probabilities": self.probabilities,
+            "scores": self.scores,
+            "measured": {self.blocks[i].name: float(measured[i]) for i in self._active},
+            "lr": [float(g["lr"]) for g in self.param_groups],
+            "bytes": self.state_bytes(),
+            "skipped_steps": self.num_skipped_steps,
+        }
+
+    # ---- the fresh-score pass --------------------------------------------------------------------------------------
+
+    def _start_probe_if_due(self) -> None:
+        """For the last step of every so many rounds, switch all blocks on.
+
+        Gradients of inactive blocks become norms and are freed the moment they are ready, so the pass needs the memory
+        of one of them. Over several micro-batches the squared norms are added up.
+        """
+        every = self.settings.probe_every
+        if not every or (self._round + 1) % every or self._step_in_round != self._round_length - 1:
+            return
+        for i in set(range(len(self.blocks))) - set(self._active):
+            norms: list[Tensor] = []
+            self._probe[i] = norms
+            for _, p in self.blocks[i].params:
+                set_trainable(p, True)
+                self._probe_handles.append(p.register_post_accumulate_grad_hook(_reduce_to_norm(norms)))
+
+    def _stop_probe(self) -> None:
+        for handle in self._probe_handles:
+            handle.remove()
+        for i in self._probe:
+            for _, p in self.blocks[i].params:
+                set_trainable(p, False)
+        self._probe, self._probe_handles = {}, []
+
+
+def _reduce_to_norm(norms: list[Tensor]) -> Callable[[Tensor], None]:
+    def reduce(p: Tensor) -> None:
+        if p.grad is not None:
+            norms.append(torch.linalg.vector_norm(p.grad, dtype=torch.float32))
+            p.grad = None
+
+    return reduce
+
+
+def _make_sampler(blocks: tuple[Block, ...], s: Settings, total: int) -> BlockSampler:
+    """The sampler of these settings; a budget too small for any block raises, one too small for some warns."""
+    numels = [b.numel for b in blocks]
+    max_numel = None if s.budget is None else int(s.budget * total + 1e-6)
+    if max_numel is not None and s.order != "all" and min(numels) > max_numel:
+        smallest = min(blocks, key=lambda b: b.numel)
+        raise ValueError(
+            f"budget={s.budget}: no block fits into {max_numel} of {total} parameters; the smallest, "
+            f"{smallest.name}, needs budget >= {smallest.numel / total:.3g}"
+        )
+    sampler = BlockSampler(
+        numels,
+        s.order,
+        max_numel=max_numel,
+        num_blocks=s.num_blocks,
+        first_pass=s.first_pass,
+        sample_last=s.sample_last,
+        seed=s.seed,
+    )
+    if sampler.never_fit:
+        names = [blocks[i].name for i in sampler.never_fit]
+        warnings.warn(
+            f"budget={s.budget}: {len(names)} of {len(numels)} blocks are larger than the whole budget and will never "
+            f"be trained ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
+            f"budget={max(numels) / total:.3g} would admit all",
+            stacklevel=4,
+        )
+    return sampler

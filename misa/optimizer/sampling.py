@@ -1,0 +1,160 @@
+"""Which blocks are on next: an order of preference, then a greedy fill of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ORDERS = ("importance", "uniform", "ascending", "descending", "shuffled", "all")
+
+
+class BlockSampler:
+    """Draws blocks without replacement, from a random generator of its own.
+
+    A draw ranks the blocks and takes them in that order while they fit, so a block that would break the limit is
+    passed over and smaller ones may follow. Orders:
+
+    - `"importance"`: weighted without replacement, by the probabilities handed to `draw` (MISA);
+    - `"uniform"`: the same with equal weights (LISA);
+    - `"ascending"`, `"descending"`, `"shuffled"`: cyclic, the last one in a new random order each cycle (BAdam);
+    - `"all"`: every block, always.
+
+    Args:
+        numels: Elements of each block.
+        order: One of `ORDERS`.
+        max_numel: Most elements on at once, or None.
+        num_blocks: Most blocks on at once, or None.
+        first_pass: Draw never-used blocks first, for one step each, until all were used (the authors' code).
+        sample_last: How many of the longest-idle blocks are forced in before the draw (the authors' code).
+        seed: Seed of the generator.
+
+    Raises:
+        ValueError: for an unknown order, a limit that is missing or too small for every block.
+    """
+
+    def __init__(
+        self,
+        numels: Sequence[int],
+        order: str = "importance",
+        *,
+        max_numel: int | None = None,
+        num_blocks: int | None = None,
+        first_pass: bool = False,
+        sample_last: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r}: must be one of {', '.join(ORDERS)}")
+        if order != "all" and (max_numel is None) == (num_blocks is None):
+            raise ValueError("give exactly one of a budget and num_blocks")
+        if num_blocks is not None and not 1 <= num_blocks <= len(numels):
+            raise ValueError(f"num_blocks={num_blocks}: must lie between 1 and the number of blocks, {len(numels)}")
+        if sample_last < 0:
+            raise ValueError(f"sample_last={sample_last}: must not be negative")
+        self.order = order
+        self.first_pass = first_pass
+        self.sample_last = sample_last
+        self._numels = tuple(numels)
+        self._max_numel = sum(numels) if max_numel is None or order == "all" else max_numel
+        self._num_blocks = len(self._numels) if num_blocks is None or order == "all" else num_blocks
+        if min(self._numels) > self._max_numel:
+            raise ValueError(f"no block fits into {self._max_numel} elements; the smallest has {min(self._numels)}")
+        self._generator = torch.Generator().manual_seed(seed)
+        self._last_used = [-1] * len(self._numels)
+        self._round = 0
+        self._cycle: list[int] = []
+
+    @property
+    def never_fit(self) -> tuple[int, ...]:
+        """Blocks larger than the whole limit, which can never be drawn."""
+        return tuple(i for i, n in enumerate(self._numels) if n > self._max_numel)
+
+    @property
+    def in_first_pass(self) -> bool:
+        """Whether some block that fits was never used and never-used blocks go first."""
+        return self.first_pass and any(u < 0 for i, u in enumerate(self._last_used) if self._fits(i))
+
+    def draw(self, log_p: Tensor) -> tuple[int, ...]:
+        """Blocks of the next round.
+
+        Args:
+            log_p: Log-probabilities of all blocks, shape `[B]`; used by the order `"importance"` alone.
+
+        Returns:
+            Sorted indices, at least one.
+        """
+        chosen = self._draw_cyclic() if self.order in ("ascending", "descending", "shuffled") else self._draw(log_p)
+        for i in chosen:
+            self._last_used[i] = self._round
+        self._round += 1
+        return tuple(sorted(chosen))
+
+    def _fits(self, i: int) -> bool:
+        return self._numels[i] <= self._max_numel
+
+    def _fill(self, ranking: Sequence[int], chosen: list[int]) -> list[int]:
+        """Take blocks in order of preference while they fit."""
+        used = sum(self._numels[i] for i in chosen)
+        taken = set(chosen)
+        for i in ranking:
+            if len(chosen) == self._num_blocks:
+                break
+            if i not in taken and used + self._numels[i] <= self._max_numel:
+                chosen.append(i)
+                used += self._numels[i]
+        return chosen
+
+    def _draw(self, log_p: Tensor) -> list[int]:
+        if self.order == "all":
+            return list(range(len(self._numels)))
+        weights = log_p if self.order == "importance" else torch.zeros(len(self._numels), dtype=torch.float64)
+        # Gumbel top-k: ranking by log p + Gumbel noise is successive weighted drawing without replacement.
+        noise = torch.rand(len(self._numels), generator=self._generator, dtype=torch.float64)
+        keys = weights - torch.log(-torch.log(noise.clamp(min=1e-300)))
+        ranking: list[int] = torch.argsort(keys, descending=True).tolist()
+        if self.in_first_pass:
+            return self._fill([i for i in ranking if self._last_used[i] < 0] + ranking, [])
+        idle = sorted((i for i in range(len(self._numels)) if self._fits(i)), key=lambda i: self._last_used[i])
+        return self._fill(ranking, self._fill(idle[: self.sample_last], []))
+
+    def _draw_cyclic(self) -> list[int]:
+        """The next blocks of the cycle, in order; what does not fit any more waits for the next round."""
+        chosen: list[int] = []
+        used = 0
+        while len(chosen) < self._num_blocks:
+            if not self._cycle:
+                if chosen:
+                    break
+                self._cycle = self._new_cycle()
+            if used + self._numels[self._cycle[0]] > self._max_numel:
+                break
+            chosen.append(self._cycle.pop(0))
+            used += self._numels[chosen[-1]]
+        return chosen
+
+    def _new_cycle(self) -> list[int]:
+        indices = [i for i in range(len(self._numels)) if self._fits(i)]
+        if self.order == "descending":
+            return indices[::-1]
+        if self.order == "shuffled":
+            return [indices[i] for i in torch.randperm(len(indices), generator=self._generator).tolist()]
+        return indices
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator and history, as tensors and numbers."""
+        return {
+            "generator": self._generator.get_state(),
+            "last_used": list(self._last_used),
+            "round": self._round,
+            "cycle": list(self._cycle),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self._generator.set_state(state["generator"].cpu())
+        self._last_used = list(state["last_used"])
+        self._round = state["round"]
+        self._cycle = list(state["cycle"])

@@ -1,0 +1,120 @@
+"""Settings of the block-coordinate optimizer: one frozen, checked dataclass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from misa.optimizer.blocks import GRANULARITIES, REST_KINDS
+from misa.optimizer.importance import ScoreRule
+from misa.optimizer.sampling import ORDERS
+
+STATE_POLICIES = ("drop", "reset", "cpu", "keep")
+STATE_FORMATS = ("master", "fp32", "bf16", "inner")
+RESIDUALS = ("cpu", "drop")
+
+InnerFactory = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is split, how the next blocks are drawn, and what happens inside a round.
+
+    Attributes:
+        granularity: `"matrix"`, `"half"` or `"layer"`; see `misa.optimizer.blocks.partition`.
+        include: Patterns of what may be in a block, or None for all layers.
+        exclude: Patterns of what is in no block.
+        always_on: Parameters outside the blocks that are trained all the time, on top of the budget: any of
+            `"embeddings"`, `"head"`, `"norms"`, `"other"`. Default: none, they are frozen.
+        order: `"importance"`, `"uniform"`, `"ascending"`, `"descending"`, `"shuffled"` or `"all"`.
+        budget: Largest share of all parameters that the drawn blocks may hold (the paper's delta), in (0, 1].
+        num_blocks: Number of blocks drawn, instead of a budget.
+        interval: Steps in a round (the paper's T).
+        eta: Sharpness of the softmax over scores, not negative; 0 is uniform; `"auto"` keeps the effective number of
+            blocks at `effective_share` of all.
+        effective_share: Target of `eta="auto"`, in (0, 1]. Default 0.5.
+        score: How gradient norms become scores.
+        first_pass: Draw never-used blocks first, one step each, until all were used.
+        sample_last: Longest-idle blocks forced into each draw.
+        probe_every: Every so many rounds, the last step of the round measures the gradient norm of all blocks;
+            0 never. Costs a full backward pass and, at its peak, one block's gradient of memory.
+        state_policy: What becomes of moments and master copies at a switch: `"drop"` frees what goes off, `"reset"`
+            starts every round afresh, also for a block drawn twice in a row (Algorithm 1), `"cpu"` moves them to main
+            memory until the block is drawn again, `"keep"` leaves them where they are.
+        state_format: For bf16 and fp16 weights: `"master"`, fp32 master copy and moments of what is active; `"fp32"`,
+            fp32 moments and no master (stochastic rounding); `"bf16"`, bf16 moments and no master (stochastic
+            rounding); `"inner"`, no master, the inner optimizer works on the weights as they are.
+        residual: What becomes of the part of a master copy that the weight cannot hold: `"cpu"` keeps it in main
+            memory, 2 bytes a parameter ever used, so that short intervals lose no update; `"drop"` forgets it.
+        step_in_backward: Apply and free each gradient as soon as it is ready. Needs one backward pass a step and no
+            clipping.
+        inner: Class or factory of the inner optimizer, called with parameter groups and `inner_kwargs`; None is AdamW.
+        inner_kwargs: Further arguments of `inner`.
+        seed: Seed of the sampler's and the rounding's own generators.
+        record: Path of a JSONL file that gets a line for every round, or None.
+    """
+
+    granularity: str = "matrix"
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    always_on: tuple[str, ...] = ()
+    order: str = "importance"
+    budget: float | None = None
+    num_blocks: int | None = None
+    interval: int = 50
+    eta: float | str = 1.0
+    effective_share: float = 0.5
+    score: ScoreRule = field(default_factory=ScoreRule)
+    first_pass: bool = False
+    sample_last: int = 0
+    probe_every: int = 0
+    state_policy: str = "drop"
+    state_format: str = "master"
+    residual: str = "cpu"
+    step_in_backward: bool = False
+    inner: InnerFactory | None = None
+    inner_kwargs: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    record: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name, allowed in (
+            ("granularity", GRANULARITIES),
+            ("order", ORDERS),
+            ("state_policy", STATE_POLICIES),
+            ("state_format", STATE_FORMATS),
+            ("residual", RESIDUALS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for kind in self.always_on:
+            if kind not in REST_KINDS:
+                raise ValueError(f"always_on={self.always_on!r}: {kind!r} is none of {', '.join(REST_KINDS)}")
+        if self.order != "all" and (self.budget is None) == (self.num_blocks is None):
+            raise ValueError("budget and num_blocks: give exactly one of them")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise ValueError(f"budget={self.budget}: must lie in (0, 1], the share of all parameters")
+        for name, least in (("num_blocks", 1), ("interval", 1), ("probe_every", 0), ("sample_last", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+        if isinstance(self.eta, str):
+            if self.eta != "auto":
+                raise ValueError(f"eta={self.eta!r}: must be a number of at least 0, or 'auto'")
+        elif not (math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(f"eta={self.eta}: must be finite and not negative, or 'auto'")
+        if not 0 < self.effective_share <= 1:
+            raise ValueError(f"effective_share={self.effective_share}: must lie in (0, 1]")
+        if self.inner is not None and self.state_format not in ("master", "inner"):
+            raise ValueError(
+                f"state_format={self.state_format!r}: with an inner optimizer of your own, choose 'master' or 'inner'"
+            )
+        if self.inner is None and self.state_format == "inner":
+            raise ValueError("state_format='inner': needs an inner optimizer, inner=")
+        if self.step_in_backward and self.probe_every:
+            raise ValueError("probe_every: cannot be used with step_in_backward=True")

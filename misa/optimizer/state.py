@@ -1,0 +1,133 @@
+"""What an optimizer holds, as bytes and as a dictionary that can be saved: the bookkeeping behind the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from misa.optimizer.engine import BlockCoordinateOptimizer
+
+FORMAT = 1
+
+
+def state_bytes(optimizer: BlockCoordinateOptimizer) -> dict[str, int]:
+    """Bytes by category: `master`, `moments` (all inner state but step counters), `residual`, `kept`."""
+    found = {"master": 0, "moments": 0, "residual": 0, "kept": 0}
+    on = {id(e) for e in optimizer._on.entries}
+    for e in optimizer._entries.values():
+        saved = sum(_bytes(v) for k, v in (e.saved or {}).items() if k != "step")
+        if id(e) in on:
+            inner = optimizer.state.get(e.param, {})
+            found["master"] += _bytes(e.master)
+            found["moments"] += sum(_bytes(v) for k, v in inner.items() if k != "step") or saved
+        else:
+            found["kept"] += saved + _bytes(e.master)
+        found["residual"] += _bytes(e.residual)
+    return found
+
+
+def _bytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
+    """`state_dict` of an optimizer: see `BlockCoordinateOptimizer.state_dict`."""
+    per_parameter: dict[str, dict[str, Any]] = {}
+    for e in optimizer._entries.values():
+        inner = dict(optimizer.state.get(e.param) or e.saved or {})
+        extra = {"master": e.master, "residual": e.residual}
+        held = inner | {k: v.detach() for k, v in extra.items() if v is not None}
+        if held:
+            per_parameter[e.name] = held
+    name_of = {p: e.name for p, e in optimizer._entries.items()}
+    groups = [
+        {k: v for k, v in g.items() if k not in ("params", "param_names")}
+        | {"params": [name_of[p] for p in g["params"] if p in name_of]}
+        for g in optimizer.param_groups
+    ]
+    sums = optimizer._on.sums
+    return {
+        "state": per_parameter,
+        "param_groups": groups,
+        "misa": {
+            "format": FORMAT,
+            "blocks": _layout(optimizer),
+            "round": optimizer._round,
+            "step_in_round": optimizer._step_in_round,
+            "round_length": optimizer._round_length,
+            "active": list(optimizer._active),
+            "scores": optimizer._scores.clone(),
+            "counts": optimizer._counts.clone(),
+            "log_p": optimizer._log_p.clone(),
+            "sums": None if sums is None else sums.clone(),
+            "num_good": int(optimizer._on.num_good),
+            "num_skipped": int(optimizer._num_skipped),
+            "sampler": optimizer._sampler.state_dict(),
+            "rounding": optimizer._rounding.get_state(),
+        },
+    }
+
+
+def _layout(optimizer: BlockCoordinateOptimizer) -> list[list[Any]]:
+    return [[b.name, [[n, list(p.shape)] for n, p in b.params]] for b in optimizer.blocks]
+
+
+def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
+    """Load what `pack` made, after checking that it belongs to this model."""
+    if "misa" not in saved:
+        raise ValueError("state_dict: not one of a BlockCoordinateOptimizer (it has no entry 'misa')")
+    held = saved["misa"]
+    _check_layout(held["blocks"], _layout(optimizer))
+    before, now = len(saved["param_groups"]), len(optimizer.param_groups)
+    if before != now:
+        raise ValueError(f"state_dict: has {before} parameter groups, this optimizer {now}")
+    for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({k: v for k, v in values.items() if k != "params"})
+    optimizer._round = held["round"]
+    optimizer._step_in_round = held["step_in_round"]
+    optimizer._round_length = held["round_length"]
+    optimizer._scores, optimizer._counts = held["scores"].cpu().clone(), held["counts"].cpu().clone()
+    optimizer._log_p = held["log_p"].cpu().clone()
+    optimizer._sampler.load_state_dict(held["sampler"])
+    optimizer._rounding.set_state(held["rounding"].cpu())
+    optimizer._switch_to(tuple(held["active"]))
+    optimizer._on.num_good, optimizer._num_skipped = held["num_good"], held["num_skipped"]
+    on = {id(e) for e in optimizer._on.entries}
+    for e in optimizer._entries.values():
+        values = dict(saved["state"].get(e.name, {}))
+        device = e.param.device if id(e) in on else None
+        master, residual = values.pop("master", None), values.pop("residual", None)
+        e.master = None if master is None else master.detach().clone().to(device or master.device)
+        e.residual = None if residual is None else residual.detach().clone().cpu()
+        e.saved = _copied(values, device) if values else None
+        e.version = -1  # so that the first step checks the master against the weight
+        e.norm = None
+        if e.master is not None and e.master.shape != e.param.shape:
+            raise ValueError(f"state_dict: {e.name} has shape {list(e.master.shape)}, the model {list(e.param.shape)}")
+    sums = held["sums"]
+    if sums is not None:
+        optimizer._on.sums = sums.clone().to(optimizer._on.entries[0].param.device)
+
+
+def _copied(values: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
+    return {k: v.detach().clone().to(device or v.device) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _check_layout(saved: list[list[Any]], own: list[list[Any]]) -> None:
+    if saved == own:
+        return
+    before, now = {b[0]: b[1] for b in saved}, {b[0]: b[1] for b in own}
+    parts = []
+    if missing := [n for n in before if n not in now]:
+        parts.append(f"{len(missing)} blocks are missing from this model: {', '.join(missing[:3])}")
+    if added := [n for n in now if n not in before]:
+        parts.append(f"{len(added)} blocks are new in this model: {', '.join(added[:3])}")
+    changed = [n for n in before if n in now and before[n] != now[n]]
+    parts.extend(f"block {name} was {before[name]} and is {now[name]}" for name in changed[:3])
+    if not parts:
+        moved = next(a[0] for a, b in zip(saved, own, strict=True) if a[0] != b[0])
+        parts.append(f"the blocks are the same but in another order, first at {moved}")
+    raise ValueError("state_dict: does not belong to this model: " + "; ".join(parts))
