@@ -1,0 +1,1 @@
+"""Training data: instruction records, generated reasoning tasks, and pre-training text."""

@@ -1,0 +1,81 @@
+"""Write files and folders so that a kill at any moment leaves none of them half done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def sha256_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits.
+
+    Args:
+        path: The file to read; it is read in pieces, so its size does not matter.
+    """
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file in one move: a reader sees the old file or the whole new one.
+
+    Args:
+        path: The file to write; its folder is made if needed.
+        text: The content, written as UTF-8 with the line ends given.
+
+    Returns:
+        The path written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+        stream.flush()
+        # Without this a power cut could leave the new name on an empty file.
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    return path
+
+
+@contextmanager
+def new_folder(path: str | Path, last: str) -> Iterator[Path]:
+    """Fill a folder under a temporary name and give it its own name at the end.
+
+    If the block raises, the target is left as it was. Where the target already exists (a workflow makes the folders
+    of its outputs beforehand), the files are moved into it one by one, `last` at the end, so the presence of `last`
+    always means that the folder is whole.
+
+    Args:
+        path: The folder to make.
+        last: Name of the file inside it that marks it as complete.
+
+    Yields:
+        The temporary folder, empty, to be filled by the caller.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.is_dir() and any(path.iterdir()):
+        (path / last).unlink(missing_ok=True)
+        for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == last):
+            target = path / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            entry.replace(target)
+        partial.rmdir()
+    else:
+        # A rename onto an empty folder is allowed and atomic.
+        partial.rename(path)

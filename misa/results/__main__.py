@@ -1,0 +1,82 @@
+"""`python -m misa.results`: collect results into tables, write score tables, fill the README's generated sections."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+TABLES_DIR = "paper_figures/tables"
+TIMES_FILE = "paper_figures/data/timings.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Words of the command line; by default those of this process.
+
+    Returns:
+        Exit status: 0; 1 if `readme --check` finds the file out of date; 2 for wrong input.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options)
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.verb == "collect":
+        from misa.results.collect import run
+
+        _print(run(options.results, options.output_dir))
+    elif options.verb == "tables":
+        from misa.results.tables import write_score_tables
+
+        _print(write_score_tables(options.tables, options.output_dir))
+    elif options.verb == "time":
+        from misa.results.readme import record_time
+
+        _print([record_time(options.command, options.seconds, options.output)])
+    else:
+        from misa.results.readme import update_readme
+
+        current = update_readme(options.readme, options.tables, options.times, options.check)
+        if options.check and not current:
+            print(f"{options.readme} is out of date; run the same command without --check", file=sys.stderr)
+            return 1
+        print(f"{options.readme}: {'up to date' if current else 'updated'}")
+    return 0
+
+
+def _print(paths: list[Path]) -> None:
+    for path in paths:
+        print(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m misa.results", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    collect = verbs.add_parser("collect", help="result files -> tidy tables (CSV) and MANIFEST.json")
+    collect.add_argument("results", nargs="+", help="result.json files, or folders at or below which they lie")
+    collect.add_argument("--output_dir", "--output-dir", required=True, help="folder of the tables")
+    tables = verbs.add_parser("tables", help="tidy tables -> score tables in Markdown and LaTeX")
+    tables.add_argument("--tables", required=True, help="folder with scores.csv and runs.csv")
+    tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
+    readme = verbs.add_parser("readme", help="fill the generated sections of a Markdown file")
+    readme.add_argument("readme", help="the file, such as README.md")
+    readme.add_argument("--tables", default=TABLES_DIR, help="folder with the score tables (%(default)s)")
+    readme.add_argument("--times", default=TIMES_FILE, help="file of measured times (%(default)s)")
+    readme.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")
+    timing = verbs.add_parser("time", help="record how long a command took on this machine")
+    timing.add_argument("command", help="the command, such as 'make test'")
+    timing.add_argument("seconds", type=float, help="its wall time")
+    timing.add_argument("--output", default=TIMES_FILE, help="file of measured times (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

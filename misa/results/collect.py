@@ -1,0 +1,244 @@
+"""From many result files to the tidy tables that figures, score tables and notebooks open."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from misa.files import sha256_file, write_text
+from misa.results.io import RESULT_FILE, read_curves, read_result
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from misa.results.schema import Result
+
+MANIFEST_FILE = "MANIFEST.json"
+_RUN_COLUMNS = ("run", "kind", "method", "seed", "model", "data")
+#: Columns of each table. `runs` has further ones, from the metrics, peaks and timings of its runs.
+TABLES: dict[str, tuple[str, ...]] = {
+    "convergence": ("kind", "run", "method", "seed", "step", "tokens", "time_s", "metric", "value"),
+    "scores": ("run", "method", "seed", "task", "metric", "value", "stderr", "num_documents", "task_version"),
+    "memory": ("method", "model", "batch_size", "seq_len", "checkpointing", "category", "bytes", "moment"),
+    "variance": ("snapshot", "step", "scheme", "quantity", "value"),
+    "gradient_norms": ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"),
+    "runs": _RUN_COLUMNS,
+}
+# Tables that the command which measured them writes beside its result.
+_COPIED = {"memory": "memory", "variance": "variance", "gradient_norms": "variance"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A result and the folder it lies in."""
+
+    result: Result
+    folder: Path
+
+
+def find_results(paths: Iterable[str | Path]) -> list[Found]:
+    """Read results.
+
+    Args:
+        paths: Result files, folders that hold one, or folders above such folders.
+
+    Returns:
+        The results in the order of kind and run name.
+
+    Raises:
+        ValueError: If a path holds none, a file is malformed, or two results have the same kind and run name.
+    """
+    files: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if path.is_file():
+            files[path.resolve()] = None
+            continue
+        inside = [path / RESULT_FILE] if (path / RESULT_FILE).is_file() else sorted(path.rglob(RESULT_FILE))
+        if not inside:
+            raise ValueError(f"no {RESULT_FILE} at or below {path}")
+        files.update(dict.fromkeys(file.resolve() for file in inside))
+    found: dict[tuple[str, str], Found] = {}
+    for file in files:
+        result = read_result(file)
+        key = (result.kind, result.run)
+        if key in found:
+            raise ValueError(
+                f"two results of kind {result.kind} are called {result.run}: {found[key].folder}, {file.parent}"
+            )
+        found[key] = Found(result, file.parent)
+    return [found[key] for key in sorted(found)]
+
+
+def collect(found: Sequence[Found]) -> dict[str, pd.DataFrame]:
+    """Build every table of `TABLES`; those without rows have their columns alone.
+
+    Args:
+        found: The results.
+
+    Returns:
+        Table name -> data frame.
+
+    Raises:
+        ValueError: If a file that a result names is missing or malformed.
+    """
+    import pandas as pd
+
+    rows: dict[str, list[Mapping[str, Any]]] = {name: [] for name in TABLES}
+    for item in found:
+        result = item.result
+        rows["runs"].append(_run_row(result))
+        if result.kind in ("finetune", "pretrain") and result.curves is not None:
+            rows["convergence"] += _curve_rows(item)
+        if result.kind == "evaluate":
+            rows["scores"] += _score_rows(result)
+        for table, kind in _COPIED.items():
+            if result.kind == kind:
+                rows[table] += _copied_rows(item.folder / f"{table}.csv", TABLES[table])
+    # An explicit order of columns, so that a table without rows has them too.
+    return {name: pd.DataFrame(rows[name], columns=_columns(name, rows[name])) for name in TABLES}
+
+
+def digest_warnings(found: Sequence[Found]) -> list[str]:
+    """Say which runs were made by different code: results that are compared should come from one package.
+
+    Args:
+        found: The results.
+
+    Returns:
+        One message for each digest if there are several, else nothing.
+    """
+    groups: dict[str, list[str]] = {}
+    for item in found:
+        groups.setdefault(item.result.provenance.package_digest, []).append(f"{item.result.kind} {item.result.run}")
+    if len(groups) < 2:
+        return []
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [f"package digest {digest[:12]}: {', '.join(runs)}" for digest, runs in ordered]
+
+
+def write_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: str | Path) -> list[Path]:
+    """Write each table as CSV, and `MANIFEST.json`, which says by digest what they hold and from which runs they come.
+
+    The same results give the same bytes.
+
+    Args:
+        tables: From `collect`.
+        found: The results they were collected from.
+        folder: Folder to write, made if needed.
+
+    Returns:
+        The paths written, the manifest last.
+    """
+    folder = Path(folder)
+    paths = [
+        write_text(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        for name, table in tables.items()
+    ]
+    manifest = {
+        "tables": {path.name: {"sha256": sha256_file(path), "rows": len(tables[path.stem])} for path in paths},
+        "runs": [_manifest_row(item.result) for item in found],
+    }
+    return [*paths, write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")]
+
+
+def run(paths: Iterable[str | Path], folder: str | Path) -> list[Path]:
+    """Collect results into tables; warn on standard error if they come from different code.
+
+    Args:
+        paths: See `find_results`.
+        folder: Folder to write.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        ValueError: See `find_results` and `collect`.
+    """
+    found = find_results(paths)
+    warnings = digest_warnings(found)
+    if warnings:
+        print("warning: these results were made by different versions of the package:", file=sys.stderr)
+        for warning in warnings:
+            print(f"  {warning}", file=sys.stderr)
+    return write_tables(collect(found), found, folder)
+
+
+def _run_row(result: Result) -> dict[str, Any]:
+    row: dict[str, Any] = {name: getattr(result, name) for name in _RUN_COLUMNS}
+    for group in (result.metrics, result.peaks, result.timings):
+        # Names with a slash belong to one task, method or snapshot; they have tables of their own.
+        row |= {name: value for name, value in group.items() if "/" not in name}
+    return row
+
+
+def _curve_rows(item: Found) -> list[Mapping[str, Any]]:
+    result = item.result
+    columns = {"kind": result.kind, "run": result.run, "method": result.method, "seed": result.seed}
+    points = read_curves(item.folder / str(result.curves))
+    return [columns | point.model_dump() for point in points]
+
+
+def _score_rows(result: Result) -> list[Mapping[str, Any]]:
+    versions = result.config.get("task_versions", {})
+    rows: list[Mapping[str, Any]] = []
+    for name, value in result.metrics.items():
+        task, slash, metric = name.rpartition("/")
+        if not slash or metric.startswith("num_") or metric.endswith("_stderr"):
+            continue  # sizes and errors are no scores; they stand beside one
+        rows.append(
+            {
+                # A score belongs to the run whose model was scored; the base model has only the evaluation's own name.
+                "run": result.config.get("base_run") or result.run,
+                "method": result.method,
+                "seed": result.seed,
+                "task": task,
+                "metric": metric,
+                "value": value,
+                "stderr": result.metrics.get(f"{name}_stderr"),
+                "num_documents": _whole(result.metrics.get(f"{task}/num_documents")),
+                "task_version": str(versions.get(task, "")),
+            }
+        )
+    return rows
+
+
+def _copied_rows(path: Path, columns: tuple[str, ...]) -> list[Mapping[str, Any]]:
+    import pandas as pd
+
+    if not path.is_file():
+        raise ValueError(f"the result at {path.parent} lacks its table {path.name}")
+    table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    if missing := [column for column in columns if column not in table.columns]:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+    rows: list[Mapping[str, Any]] = table[list(columns)].to_dict("records")
+    return rows
+
+
+def _columns(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    columns = dict.fromkeys(TABLES[name])
+    for row in rows:
+        columns.update(dict.fromkeys(row))
+    return list(columns)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def _manifest_row(result: Result) -> dict[str, Any]:
+    origin = result.provenance
+    return {
+        "run": result.run,
+        "kind": result.kind,
+        "created": origin.created,
+        "package_digest": origin.package_digest,
+        "commit": origin.commit,
+        "dirty": origin.dirty,
+        "data_digest": origin.data_digest,
+        "versions": origin.versions,
+        "machine": origin.machine.model_dump(),
+    }

@@ -1,0 +1,285 @@
+"""Score tables in Markdown and LaTeX, from the tidy tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from misa.files import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Name of each score table -> kind of training run it tells of.
+SCORE_TABLES = {"scores": "finetune", "pretraining": "pretrain"}
+BASE_METHOD = "none"
+#: Metrics worth showing, most telling first. A task with none of them shows the first that it has.
+SHOWN_METRICS = ("exact_match", "acc_norm", "acc", "bits_per_byte", "perplexity")
+_LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "ppl")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, with its standard error (not a number if unknown) and whether it leads its column."""
+
+    value: float
+    stderr: float = math.nan
+    best: bool = False
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether larger values of a metric are better, told from its name: not for losses and perplexities."""
+    return not any(word in metric for word in _LOWER_IS_BETTER)
+
+
+def with_series(table: pd.DataFrame) -> pd.DataFrame:
+    """Say which runs differ in their seed alone, so that only these are averaged.
+
+    Args:
+        table: Has the columns run, method and seed; of one kind of run.
+
+    Returns:
+        The table with a column series: the method's name, or, for a method of which several runs share a seed (an
+        ablation), the run's name without its ending `-s<seed>`.
+    """
+    runs = table[["run", "method", "seed"]].drop_duplicates()
+    several = set(runs.loc[runs.duplicated(["method", "seed"]), "method"])
+    series = [
+        str(run).removesuffix(f"-s{seed}") if method in several else method
+        for run, method, seed in zip(table["run"], table["method"], table["seed"], strict=True)
+    ]
+    return table.assign(series=series)
+
+
+def series_label(series: str, method: str) -> str:
+    """What a series is called in tables and figures: the method's label, or its own name if it is no whole method."""
+    from misa.figures.style import METHODS, look
+
+    return look(METHODS, method).label if series == method else series
+
+
+def summarise(scores: pd.DataFrame) -> pd.DataFrame:
+    """Mean score over seeds.
+
+    The standard error of one run is the harness's own, over documents. Of several runs it is the larger of that and the
+    standard error of the mean over seeds: all seeds are scored on the same documents, so more seeds do not shrink what
+    comes from the choice of documents.
+
+    Args:
+        scores: Tidy table `scores.csv`.
+
+    Returns:
+        One row for each task, metric and series (see `with_series`): method, value, stderr, num_seeds, num_documents,
+        higher_is_better.
+    """
+    import pandas as pd
+
+    rows = []
+    keys = ["task", "metric", "series"]
+    parts = [with_series(rows_of_task) for _, rows_of_task in scores.groupby("task", sort=False)]
+    for (task, metric, series), group in pd.concat(parts).groupby(keys, sort=False) if parts else ():
+        of_documents = group["stderr"].astype(float).mean()
+        of_seeds = group["value"].std(ddof=1) / math.sqrt(len(group)) if len(group) > 1 else math.nan
+        known = [error for error in (of_documents, of_seeds) if not math.isnan(error)]
+        rows.append(
+            {
+                "task": task,
+                "metric": metric,
+                "series": series,
+                "method": group["method"].iloc[0],
+                "value": group["value"].mean(),
+                "stderr": max(known) if known else math.nan,
+                "num_seeds": len(group),
+                "num_documents": group["num_documents"].max() if "num_documents" in group else math.nan,
+                "higher_is_better": higher_is_better(metric),
+            }
+        )
+    return pd.DataFrame(
+        rows, columns=[*keys, "method", "value", "stderr", "num_seeds", "num_documents", "higher_is_better"]
+    )
+
+
+def shown(scores: pd.DataFrame, num_metrics: int) -> pd.DataFrame:
+    """Keep the most telling metrics of each task.
+
+    Args:
+        scores: Tidy table `scores.csv`.
+        num_metrics: At most so many metrics of each task, in the order of `SHOWN_METRICS`.
+
+    Returns:
+        Rows of `scores`, task by task in the order of their first appearance.
+    """
+    import pandas as pd
+
+    parts = []
+    for _, rows in scores.groupby("task", sort=False):
+        present = list(dict.fromkeys(rows["metric"]))
+        chosen = [metric for metric in SHOWN_METRICS if metric in present][:num_metrics] or present[:1]
+        parts += [rows[rows["metric"] == metric] for metric in chosen]
+    return pd.concat(parts) if parts else scores
+
+
+def scores_of_kind(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Scores of the trained models of one kind, and of the base model on the same tasks.
+
+    Args:
+        scores: Tidy table `scores.csv`.
+        runs: Table `runs.csv`.
+        kind: "finetune" or "pretrain".
+
+    Returns:
+        Rows of `scores`.
+    """
+    trained = scores["run"].isin(runs.loc[runs["kind"] == kind, "run"])
+    base = (scores["method"] == BASE_METHOD) & scores["task"].isin(scores.loc[trained, "task"])
+    return scores[trained | base]
+
+
+def mark_best(cells: Sequence[Cell], higher: bool) -> list[Cell]:
+    """Mark the best of a column, if it leads the next by more than two standard errors of their difference.
+
+    Args:
+        cells: A column; the standard errors of the two best must be known for a mark.
+        higher: Whether larger is better.
+
+    Returns:
+        The cells, at most one of them marked.
+    """
+    order = sorted(range(len(cells)), key=lambda i: -cells[i].value if higher else cells[i].value)
+    if len(order) < 2:
+        return list(cells)
+    first, second = cells[order[0]], cells[order[1]]
+    separated = abs(first.value - second.value) > 2 * math.hypot(first.stderr, second.stderr)
+    return [Cell(cell.value, cell.stderr, best=separated and i == order[0]) for i, cell in enumerate(cells)]
+
+
+def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[list[str], list[list[str | Cell]]]:
+    """Build a score table: a row for each method, a column for each task and metric, then time and state.
+
+    Args:
+        scores: Tidy table `scores.csv`.
+        runs: Table `runs.csv`.
+        kind: Kind of training run.
+
+    Returns:
+        Column headings, and rows whose first cell is the method's label and whose other cells are numbers or "".
+    """
+    from misa.figures.style import METHODS, in_order
+
+    chosen = scores_of_kind(scores, runs, kind)
+    summary = summarise(shown(chosen, 2))
+    methods = dict(zip(summary["series"], summary["method"], strict=True))
+    order = in_order(METHODS, methods.values())
+    lines = sorted(methods, key=lambda series: (order.index(methods[series]), series))
+    seeds = summary.groupby("series")["num_seeds"].max()
+    head = ["method", "runs"]
+    columns: list[list[str | Cell]] = [
+        [series_label(series, methods[series]) for series in lines],
+        [str(seeds[series]) for series in lines],
+    ]
+    for (task, metric), rows in summary.groupby(["task", "metric"], sort=False):
+        by_series = rows.set_index("series")
+        percent = 100.0 if is_share(metric, by_series["value"]) else 1.0
+        present = [series for series in lines if series in by_series.index]
+        cells = [
+            Cell(percent * by_series.at[series, "value"], percent * by_series.at[series, "stderr"])
+            for series in present
+        ]
+        marked = dict(zip(present, mark_best(cells, higher_is_better(metric)), strict=True))
+        columns.append([marked.get(series, "") for series in lines])
+        prefix = "" if task == metric or metric in task else f"{task.replace('_', ' ')}: "
+        head.append(f"{prefix}{metric.replace('_', ' ')}{' (%)' if percent > 1 else ''}")
+    series_of = dict(zip(*with_series(chosen)[["run", "series"]].to_numpy().T, strict=True)) if len(chosen) else {}
+    trained = runs[(runs["kind"] == kind) & runs["run"].isin(series_of)]
+    trained = trained.assign(series=trained["run"].map(series_of))
+    for name, label, unit in (("train_s", "training (s)", 1), ("state_bytes", "optimizer state (MiB)", 2**20)):
+        if name in trained:
+            means = trained.groupby("series")[name].mean() / unit
+            columns.append([_number(means, series) for series in lines])
+            head.append(label)
+    return head, [list(row) for row in zip(*columns, strict=True)]
+
+
+def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
+    """Write a table as Markdown: mean ± standard error, the best in bold if it is told apart."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([_markdown(cell) for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def to_latex(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
+    """Write a table as LaTeX (needs the package booktabs)."""
+    body = "".join(" & ".join(_latex(cell) for cell in row) + r" \\" + "\n" for row in rows)
+    heading = " & ".join(_escape(word) for word in head)
+    return (
+        f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n{heading} \\\\\n\\midrule\n{body}"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def write_score_tables(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
+    """Write `scores.md`, `scores.tex`, `pretraining.md` and `pretraining.tex`.
+
+    Args:
+        tables_dir: Folder with `scores.csv` and `runs.csv`.
+        output_dir: Folder to write, made if needed.
+
+    Returns:
+        The paths written. A table without any score says so in one line.
+
+    Raises:
+        ValueError: If a tidy table is missing.
+    """
+    from misa.figures import read_table
+
+    scores, runs = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs"))
+    paths = []
+    for name, kind in SCORE_TABLES.items():
+        head, rows = score_table(scores, runs, kind)
+        empty = f"No scores of kind {kind} yet.\n"
+        for suffix, text in ((".md", to_markdown(head, rows)), (".tex", to_latex(head, rows))):
+            paths.append(write_text(Path(output_dir) / f"{name}{suffix}", text if rows else empty))
+    return paths
+
+
+def is_share(metric: str, values: pd.Series) -> bool:
+    """Whether a metric is a share of documents, which is shown in percent: better when higher, and from 0 to 1."""
+    return higher_is_better(metric) and bool(((values >= 0) & (values <= 1)).all())
+
+
+def _number(means: Any, series: str) -> str | Cell:
+    value = float(means.get(series, math.nan))
+    return "" if math.isnan(value) else Cell(value)
+
+
+def _format(cell: Cell) -> tuple[str, str]:
+    """A number with its error to two digits of the error, or three digits in all where there is none."""
+    if math.isnan(cell.stderr) or cell.stderr <= 0:
+        digits = max(0, 2 - math.floor(math.log10(abs(cell.value)))) if cell.value else 0
+        return f"{cell.value:.{digits}f}", ""
+    digits = max(0, 1 - math.floor(math.log10(cell.stderr)))
+    return f"{cell.value:.{digits}f}", f"{cell.stderr:.{digits}f}"
+
+
+def _markdown(cell: str | Cell) -> str:
+    if isinstance(cell, str):
+        return cell
+    value, error = _format(cell)
+    value = f"**{value}**" if cell.best else value
+    return f"{value} ± {error}" if error else value
+
+
+def _latex(cell: str | Cell) -> str:
+    if isinstance(cell, str):
+        return _escape(cell)
+    value, error = _format(cell)
+    value = rf"\mathbf{{{value}}}" if cell.best else value
+    return rf"${value} \pm {error}$" if error else f"${value}$"
+
+
+def _escape(text: str) -> str:
+    for character in "&%_#$":
+        text = text.replace(character, f"\\{character}")
+    return text

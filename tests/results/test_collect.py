@@ -1,0 +1,282 @@
+"""From result files on disk to tidy tables, score tables and the README."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from misa.figures import read_table
+from misa.results import CurvePoint, Machine, Provenance, Result, write_curves, write_result
+from misa.results.__main__ import main
+from misa.results.collect import TABLES, collect, digest_warnings, find_results
+from misa.results.readme import fill, times_table
+from misa.results.tables import Cell, mark_best, score_table, summarise, to_latex, to_markdown, with_series
+
+
+def provenance(digest="a" * 64):
+    return Provenance(
+        created="2026-01-01T00:00:00+00:00",
+        command=["python", "-m", "misa.train"],
+        misa_version="0.1.0",
+        package_digest=digest,
+        versions={"python": "3.11"},
+        machine=Machine(processor="x", num_cores=2, memory_bytes=8, num_threads=2),
+    )
+
+
+def result(run, kind, method="misa", seed=0, digest="a" * 64, **fields):
+    defaults = {"model": "m", "data": "d", "config": {}, "provenance": provenance(digest)}
+    return Result(run=run, kind=kind, method=method, seed=seed, **{**defaults, **fields})
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A small study: two methods, two seeds, a base model, a memory and a variance measurement."""
+    root = tmp_path / "results"
+    for i, method in enumerate(("lora", "misa")):
+        for seed in (0, 1):
+            name = f"{method}-s{seed}"
+            folder = root / "runs" / name
+            write_curves(
+                [
+                    CurvePoint(
+                        step=step, tokens=10 * step, time_s=0.5 * step, metric="eval_loss", value=2.0 - 0.1 * step
+                    )
+                    for step in (0, 5)
+                ],
+                folder / "curves.csv",
+            )
+            write_result(
+                result(
+                    *(name, "finetune", method, seed),
+                    metrics={"eval_loss": 1.5},
+                    peaks={"state_bytes": 2**20 * (3 - i)},
+                    timings={"train_s": 100.0 + 10 * seed},
+                    curves="curves.csv",
+                ),
+                folder,
+            )
+            score = {"family/exact_match": 0.4 + 0.3 * i + 0.02 * seed, "family/exact_match_stderr": 0.02}
+            write_result(
+                result(
+                    *(f"{name}-eval", "evaluate", method, seed),
+                    config={"base_run": name, "task_versions": {"family": "1.0"}},
+                    metrics=score | {"family/num_documents": 200.0, "family/num_tokens": 5.0},
+                ),
+                root / "evaluations" / name,
+            )
+    write_result(
+        result(
+            *("base", "evaluate", "none"),
+            config={"base_run": "", "task_versions": {"family": "1.0"}},
+            metrics={"family/exact_match": 0.1, "family/exact_match_stderr": 0.01, "family/num_documents": 200.0},
+        ),
+        root / "evaluations" / "base",
+    )
+    write_result(result("memory", "memory", "lora,misa", peaks={"misa/peak_bytes": 5.0}), root / "memory")
+    row = {"method": "misa", "model": "m", "batch_size": 4, "seq_len": 128, "checkpointing": False}
+    pd.DataFrame([row | {"category": "weights", "bytes": 5, "moment": "peak"}]).to_csv(
+        root / "memory/memory.csv", index=False
+    )
+    write_result(result("variance", "variance", "none"), root / "variance")
+    for name in ("variance", "gradient_norms"):
+        pd.DataFrame([dict.fromkeys(TABLES[name], 1)]).to_csv(root / "variance" / f"{name}.csv", index=False)
+    return root
+
+
+def test_collect_writes_every_table_with_its_columns(results, tmp_path):
+    out = tmp_path / "tables"
+    assert main(["collect", str(results), "--output_dir", str(out)]) == 0
+    tables = {name: read_table(out / f"{name}.csv") for name in TABLES}
+    for name, columns in TABLES.items():
+        assert tuple(tables[name].columns[: len(columns)]) == columns
+        assert len(tables[name])
+    assert len(tables["convergence"]) == 2 * 2 * 2
+    scores = tables["scores"]
+    assert set(scores["run"]) == {"lora-s0", "lora-s1", "misa-s0", "misa-s1", "base"}
+    assert set(scores["metric"]) == {"exact_match"}
+    assert set(scores["num_documents"]) == {200}
+    assert "none" in set(scores["method"])
+    runs = tables["runs"].set_index("run")
+    assert runs.loc["misa-s1", "train_s"] == 110.0
+    assert runs.loc["lora-s0", "state_bytes"] == 3 * 2**20
+    assert not [column for column in runs if "/" in column]
+
+
+def test_collecting_again_gives_the_same_bytes_in_any_order(results, tmp_path):
+    files = [str(path) for path in results.rglob("result.json")]
+    assert main(["collect", *files, "--output_dir", str(tmp_path / "a")]) == 0
+    assert main(["collect", *reversed(files), "--output_dir", str(tmp_path / "b")]) == 0
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    manifest = json.loads((tmp_path / "a" / "MANIFEST.json").read_text())
+    assert set(manifest["tables"]) == {f"{name}.csv" for name in TABLES}
+    assert {run["run"] for run in manifest["runs"]} >= {"misa-s0", "base", "memory", "variance"}
+
+
+def test_curve_values_keep_every_digit(results, tmp_path):
+    value = 0.1 + 0.2
+    write_curves(
+        [CurvePoint(step=1, tokens=1, time_s=1 / 3, metric="eval_loss", value=value)],
+        results / "runs/misa-s0/curves.csv",
+    )
+    main(["collect", str(results), "--output_dir", str(tmp_path / "tables")])
+    table = read_table(tmp_path / "tables" / "convergence.csv")
+    assert (table["value"] == value).any()
+    assert (table["time_s"] == 1 / 3).any()
+
+
+def test_missing_kinds_give_tables_with_columns_alone(results):
+    tables = collect(find_results([results / "runs"]))
+    assert tuple(tables["scores"].columns) == TABLES["scores"]
+    assert tables["scores"].empty
+    assert not tables["convergence"].empty
+
+
+def test_different_package_digests_are_warned_of(results, tmp_path, capsys):
+    assert digest_warnings(find_results([results])) == []
+    write_result(result("odd", "finetune", digest="b" * 64), results / "runs" / "odd")
+    assert main(["collect", str(results), "--output_dir", str(tmp_path / "tables")]) == 0
+    error = capsys.readouterr().err
+    assert "different versions of the package" in error
+    assert "package digest bbbbbbbbbbbb: finetune odd" in error
+
+
+def test_faults_are_named(results, tmp_path, capsys):
+    def fails(*paths):
+        assert main(["collect", *map(str, paths), "--output_dir", str(tmp_path / "t")]) == 2
+        return capsys.readouterr().err
+
+    (tmp_path / "empty").mkdir()
+    assert "no result.json at or below" in fails(tmp_path / "empty")
+    write_result(result("misa-s0", "finetune"), tmp_path / "twin")
+    assert "two results of kind finetune are called misa-s0" in fails(results, tmp_path / "twin")
+    (results / "memory/memory.csv").unlink()
+    assert "lacks its table memory.csv" in fails(results)
+
+
+def test_scores_are_averaged_over_seeds_with_the_larger_error(results):
+    summary = summarise(collect(find_results([results]))["scores"]).set_index("method")
+    assert summary.loc["misa", "value"] == pytest.approx(0.71)
+    assert summary.loc["misa", "num_seeds"] == 2
+    assert summary.loc["misa", "stderr"] == pytest.approx(0.02)  # over documents; over seeds it is 0.01
+    far = pd.DataFrame(
+        {
+            "run": ["a-s0", "a-s1"],
+            "method": "a",
+            "seed": [0, 1],
+            "task": "t",
+            "metric": "acc",
+            "value": [0.2, 0.6],
+            "stderr": 0.01,
+        }
+    )
+    assert summarise(far)["stderr"].item() == pytest.approx(0.2)
+
+
+def test_an_ablation_is_a_series_of_its_own():
+    table = pd.DataFrame({"run": ["misa-s0", "misa-d10-s0", "lora-s0"], "method": ["misa", "misa", "lora"], "seed": 0})
+    assert with_series(table)["series"].tolist() == ["misa", "misa-d10", "lora"]
+    assert with_series(table.iloc[[0, 2]])["series"].tolist() == ["misa", "lora"]
+
+
+def test_best_is_marked_only_if_it_leads_by_two_standard_errors():
+    near, far = Cell(0.50, 0.03), Cell(0.70, 0.03)
+    assert [cell.best for cell in mark_best([near, far, Cell(0.1, 0.03)], higher=True)] == [False, True, False]
+    assert not any(cell.best for cell in mark_best([near, Cell(0.58, 0.03)], higher=True))
+    assert [cell.best for cell in mark_best([near, far], higher=False)] == [True, False]
+    assert not any(cell.best for cell in mark_best([Cell(1.0), Cell(9.0)], higher=True))  # errors unknown
+    assert not any(cell.best for cell in mark_best([far], higher=True))
+
+
+def test_score_tables_in_markdown_and_latex(results, tmp_path):
+    main(["collect", str(results), "--output_dir", str(tmp_path / "tables")])
+    assert main(["tables", "--tables", str(tmp_path / "tables"), "--output_dir", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "scores.md").read_text().splitlines()
+    assert lines[0] == "| method | runs | family: exact match (%) | training (s) | optimizer state (MiB) |"
+    assert lines[2] == "| base model | 1 | 10.0 ± 1.0 |  |  |"
+    assert lines[3] == "| LoRA | 2 | 41.0 ± 2.0 | 105 | 3.00 |"
+    assert lines[4] == "| MISA | 2 | **71.0** ± 2.0 | 105 | 2.00 |"
+    latex = (tmp_path / "out" / "scores.tex").read_text()
+    assert r"MISA & 2 & $\mathbf{71.0} \pm 2.0$ & $105$ & $2.00$ \\" in latex
+    assert r"family: exact match (\%)" in latex
+    assert (tmp_path / "out" / "pretraining.md").read_text() == "No scores of kind pretrain yet.\n"
+
+
+def test_perplexities_are_better_when_lower_and_not_percent():
+    scores = pd.DataFrame(
+        {
+            "run": ["pre-adamw-s0", "pre-misa-s0"],
+            "method": ["adamw", "misa"],
+            "seed": 0,
+            "task": "perplexity",
+            "metric": "bits_per_byte",
+            "value": [0.9, 0.5],
+            "stderr": 0.01,
+            "num_documents": 5,
+        }
+    )
+    runs = pd.DataFrame({"run": scores["run"], "kind": "pretrain", "method": scores["method"], "train_s": [1.0, 2.0]})
+    head, rows = score_table(scores, runs, "pretrain")
+    assert head == ["method", "runs", "perplexity: bits per byte", "training (s)"]
+    assert "| MISA | 1 | **0.500** ± 0.010 | 2.00 |" in to_markdown(head, rows)
+    assert r"\toprule" in to_latex(head, rows)
+
+
+README = """# Title
+
+<!-- generated:times -->
+old
+<!-- /generated:times -->
+text
+<!-- generated:scores -->
+<!-- /generated:scores -->
+end
+"""
+
+
+def test_readme_sections_are_filled_and_checked(results, tmp_path, capsys):
+    readme, tables, times = tmp_path / "README.md", tmp_path / "tables", tmp_path / "timings.json"
+    readme.write_text(README)
+    main(["collect", str(results), "--output_dir", str(tables)])
+    main(["tables", "--tables", str(tables), "--output_dir", str(tables)])
+    assert main(["time", "make test", "125.4", "--output", str(times)]) == 0
+    words = ["readme", str(readme), "--tables", str(tables), "--times", str(times)]
+    assert main([*words, "--check"]) == 1
+    assert readme.read_text() == README
+    assert main(words) == 0
+    text = readme.read_text()
+    assert "| `make test` | 2 min 05 s |" in text
+    assert (tables / "scores.md").read_text().strip() in text
+    assert "old" not in text
+    assert text.startswith("# Title\n")
+    assert text.endswith("\nend\n")
+    assert main([*words, "--check"]) == 0
+    # A number changed by hand is found.
+    readme.write_text(text.replace("2 min 05 s", "1 min 05 s"))
+    assert main([*words, "--check"]) == 1
+    (tables / "scores.md").unlink()
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "section scores needs the table" in capsys.readouterr().err
+
+
+def test_sections_that_do_not_pair_are_refused():
+    with pytest.raises(ValueError, match="generated:a --> is never closed"):
+        fill("<!-- generated:a -->", str)
+    with pytest.raises(ValueError, match="line 2: marker <!-- /generated:b --> does not pair with a"):
+        fill("<!-- generated:a -->\n<!-- /generated:b -->", str)
+    with pytest.raises(ValueError, match="does not pair with an opening one"):
+        fill("<!-- /generated:a -->", str)
+    assert fill("no markers", str) == "no markers"
+
+
+def test_times_of_several_commands_stand_in_one_table(tmp_path):
+    for command, seconds in (("make reproduce", 812.0), ("make test", 40.0)):
+        main(["time", command, str(seconds), "--output", str(tmp_path / "t.json")])
+    table = times_table(json.loads((tmp_path / "t.json").read_text()))
+    assert "| `make reproduce` | 13 min 32 s |" in table
+    assert "| `make test` | 40 s |" in table
+    assert main(["time", "make test", "0", "--output", str(tmp_path / "t.json")]) == 2
+    (tmp_path / "t.json").write_text("[]")
+    assert main(["time", "make test", "1", "--output", str(tmp_path / "t.json")]) == 2
