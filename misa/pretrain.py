@@ -1,0 +1,163 @@
+"""Pre-train a LLaMA of a chosen size from scratch: `python -m misa.pretrain`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+
+PROG = "misa.pretrain"
+USAGE = "python -m misa.pretrain --model_config SIZE --dataset_path CORPUS --method METHOD --output_dir DIR [options]"
+
+
+@dataclass
+class PretrainOptions:
+    """What is pre-trained, on what."""
+
+    _argument_group_name = "model and data"
+
+    model_config: str = field(
+        metadata={"help": "2m, 7m, 17m, 34m, 60m, 130m, 350m or 1b, or a JSON file with a model configuration"}
+    )
+    dataset_path: str = field(
+        metadata={"help": "folder with train.jsonl and validation.jsonl (field text) and tokenizer/"}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "folder or hub id of the tokenizer; default: tokenizer/ in dataset_path"}
+    )
+    max_length: int = field(default=256, metadata={"help": "tokens in one sequence"})
+    max_eval_tokens: int = field(
+        default=65_536, metadata={"help": "tokens of the validation text to evaluate on, from its start"}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "precision of the weights: bfloat16, float16, float32, or auto (bfloat16 where the processor "
+            "has it, else float32); what trains has float32 master copies in any case"
+        },
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program name; None takes them from the process.
+
+    Returns:
+        Exit status: 0 done, 2 something asked for is wrong, 130 interrupted.
+    """
+
+    def job() -> Any:
+        options = parse(
+            (RunOptions, PretrainOptions, MethodOptions, CommonTrainingOptions),
+            argv,
+            prog=PROG,
+            usage=USAGE,
+            description=__doc__ or "",
+            # Blocks are all equally long, and their end tokens are text, not padding.
+            defaults={"include_num_input_tokens_seen": "all"},
+        )
+        run, pretrain, method, _, training = options
+        return make_job(run, pretrain, method, training, argv)
+
+    try:
+        from misa.training.run import run_command
+    except ModuleNotFoundError as error:
+        print(f"{PROG}: error: {error}; install with: pip install 'misa-optimizer[train]'", file=sys.stderr)
+        return 2
+    return run_command(PROG, job)
+
+
+def make_job(
+    run: RunOptions, pretrain: PretrainOptions, method: MethodOptions, training: Any, argv: Sequence[str] | None = None
+) -> Any:
+    """Describe a pre-training run for `misa.training.run.carry_out`.
+
+    Args:
+        run: Where it lies and how it continues.
+        pretrain: Model and data.
+        method: Method and its options.
+        training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
+        argv: Command line to record; None takes the process's.
+
+    Raises:
+        ValueError: If a file is missing or malformed, or a setting is out of range.
+    """
+    from misa.data.corpus import BlockDataset, load_blocks
+    from misa.data.records import files_digest, require_split
+    from misa.models import build_model, load_tokenizer, model_config, resolve_dtype
+    from misa.training.run import Job, Parts
+
+    if pretrain.max_eval_tokens < pretrain.max_length:
+        raise ValueError(
+            f"max_eval_tokens is {pretrain.max_eval_tokens}, allowed is max_length ({pretrain.max_length}) or more"
+        )
+    files = [require_split(pretrain.dataset_path, split) for split in ("train", "validation")]
+    tokenizer_source = pretrain.tokenizer_name_or_path or Path(pretrain.dataset_path) / "tokenizer"
+    if (vocabulary := Path(tokenizer_source) / "tokenizer.json").is_file():
+        files.append(vocabulary)
+    settings = {
+        **vars(pretrain),
+        "tokenizer_name_or_path": str(tokenizer_source),
+        "dtype": resolve_dtype(pretrain.dtype),
+    }
+
+    def make() -> Parts:
+        tokenizer = load_tokenizer(tokenizer_source)
+        config = model_config(
+            pretrain.model_config,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        if pretrain.max_length > config.max_position_embeddings:
+            raise ValueError(
+                f"max_length is {pretrain.max_length}, allowed is up to the model's {config.max_position_embeddings}"
+            )
+        train = load_blocks(pretrain.dataset_path, "train", tokenizer, pretrain.max_length)
+        validation = load_blocks(
+            pretrain.dataset_path, "validation", tokenizer, pretrain.max_length, pretrain.max_eval_tokens
+        )
+
+        def metrics(eval_loss: float) -> dict[str, float]:
+            return {
+                # A diverged loss would overflow.
+                "perplexity": math.exp(min(eval_loss, 700.0)),
+                "bits_per_byte": validation.bits_per_byte(eval_loss),
+                "num_eval_tokens": validation.num_tokens,
+            }
+
+        from transformers import default_data_collator
+
+        return Parts(
+            model=build_model(config, training.seed, settings["dtype"]),
+            tokenizer=tokenizer,
+            train_dataset=BlockDataset(train),
+            eval_dataset=BlockDataset(validation),
+            collator=default_data_collator,
+            metrics=metrics,
+        )
+
+    return Job(
+        kind="pretrain",
+        run=run,
+        method=method,
+        training=training,
+        settings=settings,
+        model=Path(pretrain.model_config).stem,
+        data=Path(pretrain.dataset_path).name,
+        data_digest=files_digest(files),
+        command=["python", "-m", PROG, *(sys.argv[1:] if argv is None else argv)],
+        make=make,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

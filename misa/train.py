@@ -1,0 +1,144 @@
+"""Fine-tune a causal language model on instructions: `python -m misa.train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+
+PROG = "misa.train"
+USAGE = "python -m misa.train --model_name_or_path MODEL --dataset_path DATA --method METHOD --output_dir DIR [options]"
+
+
+@dataclass
+class FinetuneOptions:
+    """What is fine-tuned, on what."""
+
+    _argument_group_name = "model and data"
+
+    model_name_or_path: str = field(metadata={"help": "folder or hub id of the model"})
+    dataset_path: str = field(
+        metadata={
+            "help": "folder with train.jsonl or train.json, or one such file; fields instruction, output and, "
+            "optionally, input"
+        }
+    )
+    max_length: int = field(default=512, metadata={"help": "longest sequence kept, in tokens"})
+    validation_samples: int = field(
+        default=0,
+        metadata={"help": "records for the evaluation loss: out of validation.jsonl if there is one, else held out"},
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "precision of the weights: bfloat16, float16, float32, or auto (bfloat16 where the processor "
+            "has it, else float32); what trains has float32 master copies in any case"
+        },
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments after the program name; None takes them from the process.
+
+    Returns:
+        Exit status: 0 done, 2 something asked for is wrong, 130 interrupted.
+    """
+
+    # Imported here so that --help does not wait for it.
+    def job() -> Any:
+        options = parse(
+            (RunOptions, FinetuneOptions, MethodOptions, CommonTrainingOptions),
+            argv,
+            prog=PROG,
+            usage=USAGE,
+            description=__doc__ or "",
+        )
+        run, finetune, method, _, training = options
+        return make_job(run, finetune, method, training, argv)
+
+    try:
+        from misa.training.run import run_command
+    except ModuleNotFoundError as error:
+        print(f"{PROG}: error: {error}; install with: pip install 'misa-optimizer[train]'", file=sys.stderr)
+        return 2
+    return run_command(PROG, job)
+
+
+def make_job(
+    run: RunOptions, finetune: FinetuneOptions, method: MethodOptions, training: Any, argv: Sequence[str] | None = None
+) -> Any:
+    """Describe a fine-tuning run for `misa.training.run.carry_out`.
+
+    Args:
+        run: Where it lies and how it continues.
+        finetune: Model and data.
+        method: Method and its options.
+        training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
+        argv: Command line to record; None takes the process's.
+
+    Raises:
+        ValueError: If a file is missing or malformed, or a setting is out of range.
+    """
+    from misa.data.instruction import InstructionCollator, InstructionDataset, read_instructions
+    from misa.data.records import files_digest, find_split, require_split
+    from misa.models import load_model, load_tokenizer, resolve_dtype
+    from misa.training.run import Job, Parts
+
+    if finetune.validation_samples < 0:
+        raise ValueError(f"validation_samples is {finetune.validation_samples}, allowed is 0 or more")
+    train_file = require_split(finetune.dataset_path, "train")
+    validation_file = find_split(finetune.dataset_path, "validation") if finetune.validation_samples else None
+    files = [train_file] + ([validation_file] if validation_file else [])
+    settings = {**vars(finetune), "dtype": resolve_dtype(finetune.dtype)}
+
+    def make() -> Parts:
+        records = read_instructions(train_file, to_learn=True)
+        held_out = read_instructions(validation_file, to_learn=True) if validation_file else records
+        if finetune.validation_samples > len(held_out) - (validation_file is None):
+            raise ValueError(
+                f"validation_samples is {finetune.validation_samples}, but there are {len(held_out)} records to take "
+                "them from, and one must be left to train on"
+            )
+        held_out = held_out[: finetune.validation_samples]
+        if validation_file is None:
+            records = records[finetune.validation_samples :]
+        tokenizer = load_tokenizer(finetune.model_name_or_path)
+        model = load_model(finetune.model_name_or_path, settings["dtype"])
+        return Parts(
+            model=model,
+            tokenizer=tokenizer,
+            train_dataset=InstructionDataset(records, tokenizer, finetune.max_length),
+            eval_dataset=InstructionDataset(held_out, tokenizer, finetune.max_length) if held_out else None,
+            collator=InstructionCollator(tokenizer.pad_token_id, keep_all_logits=not _cuts_logits(model)),
+        )
+
+    return Job(
+        kind="finetune",
+        run=run,
+        method=method,
+        training=training,
+        settings=settings,
+        model=Path(finetune.model_name_or_path).name,
+        data=Path(finetune.dataset_path).stem,
+        data_digest=files_digest(files),
+        command=["python", "-m", PROG, *(sys.argv[1:] if argv is None else argv)],
+        make=make,
+    )
+
+
+def _cuts_logits(model: Any) -> bool:
+    """Say whether a model can leave out the logits that no label needs."""
+    import inspect
+
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+if __name__ == "__main__":
+    sys.exit(main())

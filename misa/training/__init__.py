@@ -1,0 +1,1 @@
+"""What the training commands share: options, the Trainer with safe checkpoints, measurements, and the run itself."""

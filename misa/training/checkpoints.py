@@ -1,0 +1,123 @@
+"""Checkpoints that a kill cannot spoil: each carries a list of its files, and one that does not match is not used."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+from misa.files import write_text
+
+logger = logging.getLogger(__name__)
+
+# The list of files, written last. A folder without it was never finished.
+MANIFEST_FILE = "complete.json"
+
+# Which run the checkpoints in a folder belong to.
+RUN_FILE = "run.json"
+
+# Where a checkpoint is written before it gets its name.
+STAGING_FOLDER = "saving"
+
+# Without these a run could continue, but not as the same run.
+REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+_CHUNK_BYTES = 2**22
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the list of a checkpoint's files with size and checksum.
+
+    Args:
+        checkpoint: Folder of a checkpoint whose files are all written.
+    """
+    files = {path.relative_to(checkpoint).as_posix(): _fingerprint(path) for path in _files(checkpoint)}
+    write_text(checkpoint / MANIFEST_FILE, json.dumps(files, indent=1) + "\n")
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Say what is wrong with a checkpoint.
+
+    Args:
+        checkpoint: Folder of a checkpoint.
+
+    Returns:
+        The fault in words, or None if every file is there as it was written.
+    """
+    try:
+        files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+        for name, fingerprint in files.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _fingerprint(checkpoint / name) != fingerprint:
+                return f"{name} was cut or changed"
+    except FileNotFoundError:
+        return f"{MANIFEST_FILE} is missing, so it was never finished"
+    except (ValueError, AttributeError):
+        return f"{MANIFEST_FILE} is damaged"
+    missing = [name for name in REQUIRED_FILES if name not in files]
+    return f"{', '.join(missing)} was not saved" if missing else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step a checkpoint was made at, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Return the checkpoints in a folder, whole or not, from the oldest to the newest."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove all checkpoints and what belongs to them, and the folder if nothing else is in it.
+
+    Args:
+        folder: Folder of the checkpoints; it need not exist.
+    """
+    folder = Path(folder)
+    # The mark goes last: without it, checkpoints left by a kill in here would belong to nobody.
+    for path in (folder / STAGING_FOLDER, *checkpoints(folder)):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / RUN_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Find the newest whole checkpoint, and remove what a kill left half done.
+
+    Args:
+        folder: Folder of the checkpoints; it need not exist.
+
+    Returns:
+        Folder of the checkpoint, or None if there is none to continue from.
+    """
+    folder = Path(folder)
+    shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
+    for checkpoint in reversed(checkpoints(folder)):
+        problem = fault(checkpoint)
+        if problem is None:
+            return checkpoint
+        logger.warning("%s is not used: %s", checkpoint, problem)
+        # It would count as the newest one when old checkpoints are removed.
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """Return size and CRC-32: a checksum against damage, at the speed of reading."""
+    checksum = 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+    return [path.stat().st_size, checksum]

@@ -1,0 +1,370 @@
+"""Carry out one training run: begin, continue or recognise it, train, evaluate, and write its result last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from misa.files import new_folder, write_text
+from misa.results import (
+    CURVES_FILE,
+    RESULT_FILE,
+    CurvePoint,
+    Result,
+    provenance,
+    read_result,
+    write_curves,
+    write_result,
+)
+from misa.training.checkpoints import RUN_FILE, checkpoints, latest_checkpoint, remove_checkpoints, step_of
+from misa.training.options import MethodOptions, RunOptions
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDER = "model"
+
+# Settings that say where a run lies, how it is shown, kept or fed, or that follow from others: two runs that differ
+# in these alone have the same result.
+INCIDENTAL_PREFIXES = ("dataloader_", "hub_", "log_", "push_to_", "save_", "trackio_")
+INCIDENTAL = frozenset(
+    (
+        *("output_dir", "checkpoint_dir", "keep_checkpoints", "overwrite_output_dir", "run", "method_settings"),
+        *("disable_tqdm", "report_to", "run_name", "project", "skip_memory_metrics", "logging_dir"),
+        *("do_train", "do_eval", "do_predict", "local_rank", "enable_jit_checkpoint", "use_cpu"),
+        *("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
+        # The method is the optimizer.
+        *("optim", "optim_args", "optim_target_modules"),
+    )
+)
+
+# Names in the curves, and under which names transformers logs them.
+CURVES = {
+    "train_loss": "loss",
+    "eval_loss": "eval_loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "active_numel": "active_numel",
+}
+
+
+@dataclass
+class Parts:
+    """What a run trains with; made only when it is really needed, since loading takes time.
+
+    Attributes:
+        model: The model, before the method is applied to it.
+        tokenizer: The tokenizer to save with it.
+        train_dataset: Training items, with `lengths` if these differ.
+        eval_dataset: Items of the evaluation loss, or None.
+        collator: Makes a batch of items.
+        metrics: Turns the final evaluation loss into further metrics.
+    """
+
+    model: Any
+    tokenizer: Any
+    train_dataset: Any
+    eval_dataset: Any
+    collator: Any
+    metrics: Callable[[float], dict[str, float]] = field(default=lambda loss: {})
+
+
+@dataclass
+class Job:
+    """A run as it is asked for.
+
+    Attributes:
+        kind: finetune or pretrain.
+        run: Where it lies and how it continues.
+        method: Which method trains.
+        training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
+        settings: The command's own settings, resolved.
+        model: Name of the model.
+        data: Name of the data.
+        data_digest: SHA-256 over the data files.
+        command: The command line.
+        make: Makes the parts.
+    """
+
+    kind: Literal["finetune", "pretrain"]
+    run: RunOptions
+    method: MethodOptions
+    training: Any
+    settings: dict[str, Any]
+    model: str
+    data: str
+    data_digest: str
+    command: Sequence[str]
+    make: Callable[[], Parts]
+
+    def config(self) -> dict[str, Any]:
+        """Return every setting, resolved, in types that JSON keeps."""
+        training = {name: value for name, value in self.training.to_dict().items() if matters(name)}
+        run = {**vars(self.run), "checkpoint_dir": self.training.output_dir, "run": self.name}
+        method = {"method": self.method.method, "method_options": self.method.given()}
+        config = {**training, **self.settings, **run, **method, "data_digest": self.data_digest}
+        return json.loads(json.dumps(config, default=str))
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.run.run or Path(self.run.output_dir).resolve().name
+
+
+def carry_out(job: Job) -> Result:
+    """Carry out a run, or recognise that it is done.
+
+    Killed at any moment and called again, it ends with the same weights and curves as without the kill: checkpoints
+    are moved into place when whole, the model folder when whole, and the result file, which marks the run as done,
+    comes last.
+
+    Args:
+        job: What to do.
+
+    Returns:
+        The result, which is also in the output folder.
+
+    Raises:
+        ValueError: If the output or checkpoint folder belongs to a run with other settings, or a setting is wrong.
+    """
+    begun = _begin(job)
+    return begun if isinstance(begun, Result) else _complete(job, *begun)
+
+
+def _begin(job: Job) -> Result | tuple[Parts, Any, Any, Any]:
+    """Check what is asked for and load it; what the user can get wrong is found here."""
+    output, scratch = Path(job.run.output_dir), Path(job.training.output_dir)
+    if (done := _finished(job, output, scratch)) is not None:
+        logger.info("%s is finished: %s is there, nothing to do", job.name, output / RESULT_FILE)
+        return done
+    _claim(job, scratch)
+    return _prepare(job)
+
+
+def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
+    scratch = Path(job.training.output_dir)
+    try:
+        _train(trainer, meter, latest_checkpoint(scratch))
+    except KeyboardInterrupt:
+        logger.info("stopped; the same command continues from the last checkpoint in %s", scratch)
+        raise
+    result = _write(job, parts, built, trainer, meter)
+    if not job.run.keep_checkpoints:
+        remove_checkpoints(scratch)
+    metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    logger.info("%s is finished: %s  (%.0f s of training)", job.name, metrics, result.timings["train_s"])
+    return result
+
+
+def matters(name: str) -> bool:
+    """Say whether a setting can change the result of a run."""
+    # Dropping the last batch is no matter of how data is fed, but of what.
+    if name == "dataloader_drop_last":
+        return True
+    return name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Say in which settings that matter two configurations differ, or return ""."""
+    names = sorted(name for name in old.keys() | new.keys() if matters(name) and old.get(name) != new.get(name))
+    return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+
+
+def _finished(job: Job, output: Path, scratch: Path) -> Result | None:
+    if not (output / RESULT_FILE).is_file():
+        return None
+    if not job.run.overwrite_output_dir:
+        result = read_result(output)
+        if changed := differences(result.config, job.config()):
+            raise ValueError(
+                f"{output} holds the finished run {result.run!r} with other settings: {changed}; "
+                "--overwrite_output_dir starts it again, or choose another output_dir"
+            )
+        return result
+    # The result goes last: as long as it is there, this run is the finished one.
+    remove_checkpoints(scratch)
+    shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
+    (output / CURVES_FILE).unlink(missing_ok=True)
+    (output / RESULT_FILE).unlink()
+    return None
+
+
+def _claim(job: Job, scratch: Path) -> None:
+    """Make sure that the checkpoints in the scratch folder, if any, are this run's."""
+    mark, config = scratch / RUN_FILE, job.config()
+    if checkpoints(scratch) and mark.is_file():
+        try:
+            changed = differences(json.loads(mark.read_text(encoding="utf-8")), config)
+        except (ValueError, AttributeError):
+            changed = f"{RUN_FILE} is damaged"
+        if not changed:
+            return
+        if not job.run.overwrite_output_dir:
+            raise ValueError(
+                f"{scratch} holds checkpoints of a run with other settings: {changed}; "
+                "--overwrite_output_dir starts again, or choose another checkpoint_dir"
+            )
+        remove_checkpoints(scratch)
+    elif checkpoints(scratch):
+        raise ValueError(f"{scratch} holds checkpoints of something else; choose another checkpoint_dir")
+    write_text(mark, json.dumps(config, indent=1) + "\n")
+
+
+def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
+    from transformers import set_seed
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from misa.methods import build
+    from misa.training.meter import Meter
+    from misa.training.progress import Progress
+    from misa.training.trainer import Schedule, Trainer
+
+    arguments = job.training
+    parts = job.make()
+    # What a method draws for itself, such as the start of its adapters.
+    set_seed(arguments.seed)
+    built = build(
+        job.method.method,
+        parts.model,
+        lr=arguments.learning_rate,
+        weight_decay=arguments.weight_decay,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        seed=arguments.seed,
+        options=job.method.given(),
+    )
+    logger.info("%s: %s", job.method.method, built.description)
+    meter = Meter()
+    trainer = Trainer(
+        model=built.model,
+        args=arguments,
+        data_collator=parts.collator,
+        train_dataset=parts.train_dataset,
+        eval_dataset=parts.eval_dataset,
+        processing_class=parts.tokenizer,
+        optimizer_cls_and_kwargs=built.optimizer_cls_and_kwargs,
+        callbacks=[meter, Schedule(evaluate_at_end=parts.eval_dataset is not None)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress(meter, bar=False if arguments.disable_tqdm else None))
+    return parts, built, trainer, meter
+
+
+def _train(trainer: Any, meter: Any, checkpoint: Path | None) -> None:
+    from transformers import TrainerState
+
+    if checkpoint is None:
+        trainer.train()
+        return
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    logger.info("continuing from %s", checkpoint)
+    if step_of(checkpoint) >= state.max_steps:
+        # Only the result was missing. transformers would train one step too many here.
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+        meter.restore(state)
+        return
+    # The evaluation before the first step is in the record already.
+    trainer.args.eval_on_start = False
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
+    output = Path(job.run.output_dir)
+    history = trainer.state.log_history
+    points = curve_points(history)
+    losses = [point for point in points if point.metric == "train_loss"]
+    evaluations = [point.value for point in points if point.metric == "eval_loss"]
+    metrics = {"train_loss": _mean_loss(losses), "final_train_loss": losses[-1].value}
+    if evaluations:
+        metrics |= {"eval_loss": evaluations[-1], **parts.metrics(evaluations[-1])}
+    num_tokens = trainer.state.num_input_tokens_seen
+    metrics |= {"num_steps": trainer.state.global_step, "num_tokens": num_tokens}
+    # Without a result file, a model folder is a leftover of a run that was killed while writing.
+    shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
+    with new_folder(output / MODEL_FOLDER, last="config.json") as folder:
+        trainer.model.save_pretrained(folder)
+        parts.tokenizer.save_pretrained(folder)
+    write_curves(points, output / CURVES_FILE)
+    result = Result(
+        run=job.name,
+        kind=job.kind,
+        method=job.method.method,
+        model=job.model,
+        data=job.data,
+        seed=job.training.seed,
+        config={**job.config(), "method_settings": json.loads(json.dumps(built.settings, default=str))},
+        provenance=provenance(job.command, job.data_digest),
+        metrics=metrics,
+        peaks=meter.peaks(),
+        timings=meter.timings(num_tokens),
+        curves=CURVES_FILE,
+    )
+    write_result(result, output)
+    return result
+
+
+def curve_points(history: Sequence[dict[str, Any]]) -> list[CurvePoint]:
+    """Turn a Trainer's log history into rows of the curve file.
+
+    Args:
+        history: `trainer.state.log_history`.
+    """
+    return [
+        CurvePoint(
+            step=entry["step"],
+            tokens=entry.get("num_input_tokens_seen", 0),
+            time_s=entry.get("time_s", 0.0),
+            metric=metric,
+            value=entry[logged],
+        )
+        for entry in history
+        for metric, logged in CURVES.items()
+        # The number of active parameters belongs to a training step, and is noted at every entry.
+        if logged in entry and (metric != "active_numel" or "loss" in entry)
+    ]
+
+
+def _mean_loss(losses: Sequence[CurvePoint]) -> float:
+    """Return the mean over all steps; each point is the mean over the steps since the one before."""
+    steps = [point.step for point in losses]
+    counts = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+    return sum(point.value * count for point, count in zip(losses, counts, strict=True)) / steps[-1]
+
+
+def run_command(prog: str, job: Callable[[], Job]) -> int:
+    """Run a training command and turn errors of its user into one line.
+
+    Args:
+        prog: Name of the command in messages.
+        job: Makes the job from the command line.
+
+    Returns:
+        Exit status: 0 done, 2 something asked for is wrong, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("misa").setLevel(logging.INFO)
+
+    from transformers.utils import logging as transformers_logging
+
+    # Its bars, of reading and writing model files, would break up the log; the run's own bar is another.
+    transformers_logging.disable_progress_bar()
+    try:
+        asked = job()
+        begun = _begin(asked)
+    except ValueError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        # From here on an error is one of the program, and shows where it comes from.
+        if not isinstance(begun, Result):
+            _complete(asked, *begun)
+    except KeyboardInterrupt:
+        return 130
+    return 0

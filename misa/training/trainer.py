@@ -1,0 +1,99 @@
+"""`transformers.Trainer` with two things settled: the order of the data, and checkpoints that a kill cannot spoil."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch.utils.data import RandomSampler, Sampler
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import rotate_checkpoints
+
+from misa.data.sampling import SeededSampler
+from misa.training.checkpoints import STAGING_FOLDER, seal
+
+
+class Trainer(transformers.Trainer):
+    """Trainer whose data order depends on the seed alone, and which moves a checkpoint into place when it is whole.
+
+    transformers' own samplers draw from the global random state where lengths are grouped, so a method that draws
+    random numbers first (LoRA's adapters) would see other batches, and a resumed run would not find its order again.
+    """
+
+    _staging: str | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        strategy = self.args.train_sampling_strategy
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        lengths = getattr(dataset, "lengths", None)
+        if strategy == "group_by_length" and lengths is not None:
+            # All processes draw from one order, so a batch of equal lengths is the batch of all of them.
+            batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return SeededSampler(len(dataset), seed, lengths, batch_size)
+        sampler = super()._get_train_sampler(train_dataset)
+        # Items without lengths are all equally long.
+        if isinstance(sampler, RandomSampler) or strategy == "group_by_length":
+            return SeededSampler(len(dataset), seed)
+        return sampler
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save into a side folder, list the files, and only then move the checkpoint to its place."""
+        folder = Path(self.args.output_dir)
+        staging = folder / STAGING_FOLDER
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(folder / name)
+        if self.args.should_save:
+            if self.state.best_model_checkpoint != best:
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+            # The pickled arguments hold absolute paths and are not needed to continue.
+            with contextlib.suppress(FileNotFoundError):
+                (staging / name / "training_args.bin").unlink()
+            seal(staging / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (staging / name).replace(folder / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, best_model_checkpoint=self.state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+
+
+class Schedule(TrainerCallback):
+    """Make a run's record the same whether or not it was interrupted.
+
+    A checkpoint in the middle of a logging interval would lose the losses since the last point of the curve, so
+    every checkpoint closes the interval. The last step is logged and, if there is evaluation data, evaluated.
+
+    Args:
+        evaluate_at_end: Whether to evaluate after the last step.
+    """
+
+    def __init__(self, evaluate_at_end: bool) -> None:
+        self.evaluate_at_end = evaluate_at_end
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """Ask for a log with every checkpoint, and for everything at the last step."""
+        last = state.global_step >= state.max_steps
+        if control.should_save or last:
+            control.should_log = True
+        if last and self.evaluate_at_end:
+            control.should_evaluate = True
+        return control
