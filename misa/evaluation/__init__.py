@@ -1,0 +1,1 @@
+"""Score a model with lm-evaluation-harness: loading the model, running a task, reading off its numbers."""

@@ -1,0 +1,98 @@
+"""Find what is to be scored, and say what is wrong with it before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+
+from misa.data.records import files_digest
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Everything in a model folder that can change a score.
+SCORED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class ModelFolder:
+    """A checkpoint folder, a PEFT adapter folder, or a hub id, checked before anything is loaded.
+
+    Args:
+        name_or_path: What to load.
+        offline: Refuse what is not on this machine.
+
+    Raises:
+        ValueError: If it is neither a folder with a `config.json` or `adapter_config.json`, nor a permitted hub id.
+    """
+
+    def __init__(self, name_or_path: str, offline: bool = False) -> None:
+        self.name_or_path = name_or_path
+        self.folder = Path(name_or_path)
+        self.base = name_or_path
+        if not self.folder.is_dir():
+            if self.folder.exists():
+                raise ValueError(f"model_name_or_path {name_or_path} is a file, not a model folder")
+            if offline or not HUB_ID.fullmatch(name_or_path):
+                raise ValueError(f"model_name_or_path {name_or_path}: no such folder")
+        elif self.is_adapter:
+            self.base = self._base_of_adapter()
+        elif not (self.folder / "config.json").is_file():
+            raise ValueError(f"model_name_or_path {name_or_path} has neither config.json nor {ADAPTER_CONFIG}")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds a PEFT adapter instead of a whole model."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether model and base model are both on this machine."""
+        return self.folder.is_dir() and Path(self.base).is_dir()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that can change a score, or "" for a model of a hub."""
+        if not self.is_local:
+            return ""
+        folders = dict.fromkeys((Path(self.base), self.folder))
+        return files_digest(
+            path for folder in folders for pattern in SCORED_FILES for path in sorted(folder.glob(pattern))
+        )
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer lies; an adapter folder may leave it to its base."""
+        has_own = (self.folder / "tokenizer_config.json").is_file() or not self.folder.is_dir()
+        return self.name_or_path if has_own else self.base
+
+    def resolve_dtype(self, dtype: str) -> str:
+        """Return the dtype to compute in.
+
+        Args:
+            dtype: A dtype, or "auto": that of the saved weights, but float32 in place of a half precision that this
+                machine would only emulate, several times slower.
+        """
+        from misa.models import resolve_dtype
+
+        if dtype != "auto" or not (Path(self.base) / "config.json").is_file():
+            return dtype
+        config = json.loads((Path(self.base) / "config.json").read_text(encoding="utf-8"))
+        saved = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        return saved if saved == "float32" or resolve_dtype("auto") != "float32" else "float32"
+
+    def _base_of_adapter(self) -> str:
+        path = self.folder / ADAPTER_CONFIG
+        try:
+            base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not name the base model: {error!r}") from error
+        # A base that was moved together with its adapter is found by its path relative to the adapter.
+        for candidate in (Path(base), self.folder / base):
+            if (candidate / "config.json").is_file():
+                return str(candidate)
+        if not HUB_ID.fullmatch(base):
+            raise ValueError(f"{path} names the base model {base}, which is not there")
+        return str(base)

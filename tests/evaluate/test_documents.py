@@ -1,0 +1,61 @@
+"""What counts as the right answer, and how the harness's numbers are read."""
+
+from __future__ import annotations
+
+import pytest
+
+from misa.evaluation.scoring import flat_metrics, merge_harness, task_names
+from misa.tasks.documents import normalise, score_word
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "score"),
+    [
+        ("mother", "mother", 1.0),
+        ("\n Mother.\nBecause she is.", "mother", 1.0),
+        ('"mother-in-law"', "mother-in-law", 1.0),
+        ("mother-in-law", "mother", 0.0),
+        ("grandmother", "mother", 0.0),
+        ("The answer is mother", "mother", 0.0),
+        ("", "mother", 0.0),
+    ],
+)
+def test_first_line_must_equal_the_answer(response: str, answer: str, score: float) -> None:
+    assert score_word({"answer": answer}, [response]) == {"exact_match": score}
+
+
+def test_normalise_keeps_inner_punctuation() -> None:
+    assert normalise("  \n (Sister-in-law)! \n more") == "sister-in-law"
+
+
+def test_metrics_lose_the_filter_name_and_what_is_no_number() -> None:
+    found = {"alias": "t", "acc,none": 0.5, "acc_stderr,none": 0.1, "acc,strict": 0.25, "acc_stderr,strict": "N/A"}
+    assert flat_metrics(found) == {"acc": 0.5, "acc_stderr": 0.1, "acc-strict": 0.25}
+
+
+def test_merged_harness_results_keep_every_task() -> None:
+    one, two = ({"results": {name: {"acc,none": 1}}, "versions": {name: 1.0}, "date": name} for name in ("a", "b"))
+    assert merge_harness([one, two]) == {
+        "results": {**one["results"], **two["results"]},
+        "versions": {"a": 1.0, "b": 1.0},
+        "date": "b",
+    }
+
+
+def test_every_task_file_is_found() -> None:
+    assert task_names() == ["misa_family", "perplexity"]
+
+
+def test_half_precision_that_is_only_emulated_gives_way_to_float32(tmp_path, monkeypatch) -> None:
+    import misa.models
+    from misa.evaluation.folder import ModelFolder
+
+    (tmp_path / "config.json").write_text('{"dtype": "bfloat16"}')
+    folder = ModelFolder(str(tmp_path))
+    for native, expected in (("bfloat16", "bfloat16"), ("float32", "float32")):
+        monkeypatch.setattr(misa.models, "resolve_dtype", lambda _, native=native: native)
+        assert folder.resolve_dtype("auto") == expected
+        assert folder.resolve_dtype("bfloat16") == "bfloat16"
+    (tmp_path / "config.json").write_text('{"dtype": "float32"}')
+    monkeypatch.setattr(misa.models, "resolve_dtype", lambda _: "bfloat16")
+    assert folder.resolve_dtype("auto") == "float32"
