@@ -1,0 +1,264 @@
+"""The command `python -m misa.dynamics variance`.
+
+For each snapshot (a model folder) it measures the full-batch gradient of every weight matrix and the noise of
+mini-batches, then compares sampling schemes at one budget: the variance of the unbiased estimator, the squared gradient
+captured, the effective number of blocks. Written are gradient_norms.csv, variance.csv and result.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+NORM_COLUMNS = ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise")
+VARIANCE_COLUMNS = ("snapshot", "step", "scheme", "quantity", "value")
+#: Step of a snapshot of which nothing says at which step it was taken.
+UNKNOWN_STEP = -1
+VERBS = ("variance",)
+
+
+@dataclass
+class VarianceArguments:
+    """What is measured, and where the result goes."""
+
+    model: list[str] = field(metadata={"help": "Snapshots: model folders, or NAME=FOLDER."})
+    dataset_path: str = field(metadata={"help": "Folder with train.jsonl: a corpus or instruction data."})
+    output_dir: str = field(metadata={"help": "Folder for result.json, variance.csv and gradient_norms.csv."})
+    num_batches: int = field(default=16, metadata={"help": "Mini-batches that make up the full batch."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a mini-batch."})
+    seq_len: int = field(default=128, metadata={"help": "Tokens in a sequence."})
+    split: str = field(default="train", metadata={"help": "Split the batches come from."})
+    budget: float = field(default=0.03, metadata={"help": "Expected share of all parameters that is drawn."})
+    num_draws: int = field(default=100_000, metadata={"help": "Monte Carlo draws for each scheme."})
+    effective_share: float = field(default=0.5, metadata={"help": "What automatic eta aims at, as share of blocks."})
+    seed: int = field(default=0, metadata={"help": "Seed of the batches and the Monte Carlo."})
+    run: str = field(default="variance", metadata={"help": "Name of the run in the result file."})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        for name, least in (("num_batches", 2), ("batch_size", 1), ("seq_len", 2), ("num_draws", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("budget", "effective_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model at some step of its training."""
+
+    name: str
+    folder: str
+    step: int
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Words of the command line; by default those of this process.
+
+    Returns:
+        Exit status: 0, or 2 for wrong input.
+    """
+    from transformers import HfArgumentParser
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    prog = "python -m misa.dynamics"
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {prog} VERB ...\n\nverbs:\n  variance  variance of the gradient under each sampling scheme")
+        return 0 if words else 2
+    if words[0] not in VERBS:
+        print(f"{prog}: error: verb is {words[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    parser = HfArgumentParser(VarianceArguments, prog=f"{prog} variance", description=__doc__.partition("\n\n")[2])
+    try:
+        (settings,) = parser.parse_args_into_dataclasses(words[1:])
+        measure(settings, ["python", "-m", "misa.dynamics", *words])
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(settings: VarianceArguments, command: list[str]) -> Path:
+    """Measure every snapshot and write the two tables and the result.
+
+    Args:
+        settings: What to measure.
+        command: The command line, for the result's provenance.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        ValueError: If a model or the data is missing or unusable.
+    """
+    from misa.dynamics.variance import compare
+    from misa.results import Result, provenance, write_result
+
+    start = time.perf_counter()
+    norms: list[dict[str, Any]] = []
+    variances: list[dict[str, Any]] = []
+    metrics: dict[str, float] = {}
+    snapshots = find_snapshots(settings.model)
+    for snapshot in snapshots:
+        gradients, names = snapshot_gradients(snapshot, settings)
+        columns = {"snapshot": snapshot.name, "step": snapshot.step}
+        values = zip(gradients.layer, gradients.numel, gradients.sq_norm, gradients.noise, strict=True)
+        for (block, matrix), (layer, numel, sq_norm, noise) in zip(names, values, strict=True):
+            norms.append(
+                columns
+                | {"block": block, "layer": int(layer), "matrix": matrix, "numel": int(numel)}
+                | {"sq_norm": float(sq_norm), "noise": float(noise)}
+            )
+        table = compare(
+            *(gradients, settings.budget),
+            num_draws=settings.num_draws,
+            seed=settings.seed,
+            effective_share=settings.effective_share,
+        )
+        metrics[f"{snapshot.name}/full_sq_norm"] = float(gradients.sq_norm.sum())
+        metrics[f"{snapshot.name}/noise_to_signal"] = float(gradients.noise.sum() / gradients.sq_norm.sum())
+        for scheme, row in table.items():
+            variances += [columns | {"scheme": scheme, "quantity": key, "value": value} for key, value in row.items()]
+            for key in ("relative_variance", "captured_share", "effective_blocks", "variance_agreement"):
+                metrics[f"{snapshot.name}/{scheme}/{key}"] = row[key]
+            print(
+                f"{snapshot.name} {scheme}: relative variance {row['relative_variance']:.4g} (Monte Carlo "
+                f"{100 * row['variance_agreement']:+.2f} %), captured {100 * row['captured_share']:.3g} %, "
+                f"effective blocks {row['effective_blocks']:.3g}"
+            )
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(norms, NORM_COLUMNS, folder / "gradient_norms.csv")
+    write_csv(variances, VARIANCE_COLUMNS, folder / "variance.csv")
+    result = Result(
+        run=settings.run,
+        kind="variance",
+        method="none",
+        model=snapshots[-1].name,
+        data=Path(settings.dataset_path).resolve().name,
+        seed=settings.seed,
+        config={**asdict(settings), "snapshots": [asdict(snapshot) for snapshot in snapshots]},
+        provenance=provenance(command, data_digest(settings)),
+        metrics=metrics,
+        timings={"measure_s": time.perf_counter() - start},
+    )
+    write_result(result, folder)
+    return folder
+
+
+def snapshot_gradients(snapshot: Snapshot, settings: VarianceArguments) -> tuple[Any, list[tuple[str, str]]]:
+    """Load a snapshot in float32 and measure it.
+
+    Args:
+        snapshot: The model.
+        settings: What to measure.
+
+    Returns:
+        Its `BlockGradients`, and the name of each block with its short name inside the layer.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from misa.dynamics.batches import load_batches
+    from misa.dynamics.gradients import block_gradients, matrix_name
+    from misa.models import load_model, load_tokenizer
+    from misa.optimizer import partition
+
+    transformers_logging.disable_progress_bar()
+    model = load_model(snapshot.folder, "float32")
+    tokenizer = load_tokenizer(snapshot.folder)
+    batches = load_batches(
+        *(settings.dataset_path, tokenizer, settings.num_batches, settings.batch_size, settings.seq_len),
+        seed=settings.seed,
+        split=settings.split,
+    )
+    blocks = partition(model)
+
+    def report(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{snapshot.name}: {done}/{total} backward passes", end="", file=sys.stderr, flush=True)
+
+    gradients = block_gradients(model, blocks, batches, report)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return gradients, [(block.name, matrix_name(block)) for block in blocks]
+
+
+def find_snapshots(models: list[str]) -> list[Snapshot]:
+    """Resolve what `--model` was given.
+
+    A snapshot is called by the name before `=`, or by its folder; a folder called `model` by the run it lies in. Its
+    step is read from `trainer_state.json` in the folder, or from a folder name that ends in a number such as
+    `checkpoint-50`, or, for the model of a finished run, from the run's last curve point.
+
+    Args:
+        models: Folders, or NAME=FOLDER.
+
+    Returns:
+        The snapshots in the order given.
+
+    Raises:
+        ValueError: If a folder is missing or two snapshots have the same name.
+    """
+    snapshots: list[Snapshot] = []
+    for word in models:
+        name, equals, path = word.partition("=")
+        folder = Path(path if equals else word)
+        if not folder.is_dir():
+            raise ValueError(f"model {folder} is not a folder")
+        own = folder.resolve().parent.name if folder.resolve().name == "model" else folder.resolve().name
+        snapshots.append(Snapshot(name if equals else own, str(folder), snapshot_step(folder)))
+    names = [snapshot.name for snapshot in snapshots]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two snapshots have the same name among {', '.join(names)}; give them as NAME=FOLDER")
+    return snapshots
+
+
+def snapshot_step(folder: Path) -> int:
+    """Step at which a model folder was saved, or `UNKNOWN_STEP`; see `find_snapshots`."""
+    state = folder / "trainer_state.json"
+    if state.is_file():
+        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+    numbered = re.fullmatch(r".*?(?:checkpoint|step)[-_]?(\d+)", folder.resolve().name)
+    if numbered:
+        return int(numbered.group(1))
+    if (folder.parent / "curves.csv").is_file():
+        from misa.results import read_curves
+
+        return max((point.step for point in read_curves(folder.parent)), default=UNKNOWN_STEP)
+    return UNKNOWN_STEP
+
+
+def data_digest(settings: VarianceArguments) -> str:
+    """SHA-256 over the data file the batches come from."""
+    from misa.data.records import require_split
+
+    path = require_split(settings.dataset_path, settings.split)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_csv(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
+    """Write a tidy table in one move; numbers keep every digit."""
+    import csv
+    import io
+
+    from misa.files import write_text
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""The command `python -m misa.memory`: one real training step per method, every live byte counted.
+
+Each method gets a freshly loaded model and its real optimizer; one step brings the optimizer into its steady state, the
+second is measured. Which tokens the batch holds does not matter for memory, so they are random.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from misa.memory.step import StepMemory
+    from misa.methods import Built
+
+COLUMNS = ("method", "model", "batch_size", "seq_len", "checkpointing", "category", "bytes", "moment")
+# Options that some methods know; a method gets those of them that it has.
+_OPTIONS = ("budget", "interval", "eta", "granularity", "always_on", "variant", "lora_r", "lora_alpha", "lora_dropout")
+
+
+@dataclass
+class MemoryArguments:
+    """What is measured, and where the result goes."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder of a causal language model, or the name of a size."})
+    output_dir: str = field(metadata={"help": "Folder for result.json and memory.csv."})
+    methods: str = field(default="adamw,lora,badam,lisa,misa", metadata={"help": "Method names, comma separated."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences in a step."})
+    seq_len: int = field(default=128, metadata={"help": "Tokens in a sequence."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Type of the weights: bfloat16 or float32."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute each layer in the backward pass."})
+    seed: int = field(default=0, metadata={"help": "Seed of the tokens and of the blocks drawn."})
+    run: str = field(default="memory", metadata={"help": "Name of the run in the result file."})
+    budget: float | None = field(default=None, metadata={"help": "Share of parameters drawn (methods with a budget)."})
+    interval: int | None = field(default=None, metadata={"help": "Steps in a round."})
+    eta: str | None = field(default=None, metadata={"help": "Sharpness of the importance softmax: a number or auto."})
+    granularity: str | None = field(default=None, metadata={"help": "What a block is: matrix, half or layer."})
+    always_on: str | None = field(default=None, metadata={"help": "Trained besides the blocks, comma separated."})
+    variant: str | None = field(default=None, metadata={"help": "Variant of MISA."})
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA's adapters."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of LoRA's adapters."})
+    lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before LoRA's adapters."})
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without loading anything."""
+        for name in ("batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}; allowed: bfloat16, float32")
+
+    def method_names(self) -> list[str]:
+        """The methods asked for, checked."""
+        from misa.methods import METHODS
+
+        names = [name.strip() for name in self.methods.split(",") if name.strip()]
+        unknown = [name for name in names if name not in METHODS]
+        if unknown or not names:
+            raise ValueError(f"methods is {self.methods!r}; allowed, comma separated: {', '.join(METHODS)}")
+        for option in self.given_options():
+            if not any(option in METHODS[name].defaults for name in names):
+                raise ValueError(f"{option} is given, but none of the methods {', '.join(names)} has it")
+        return names
+
+    def given_options(self) -> dict[str, Any]:
+        """Method options that were given, in the form `misa.methods.build` takes."""
+        given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
+        if "eta" in given and given["eta"] != "auto":
+            try:
+                given["eta"] = float(given["eta"])
+            except ValueError:
+                raise ValueError(f"eta is {given['eta']!r}; it must be a number or auto") from None
+        if "always_on" in given:
+            given["always_on"] = tuple(part.strip() for part in given["always_on"].split(",") if part.strip())
+        return given
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Words of the command line; by default those of this process.
+
+    Returns:
+        Exit status: 0, or 2 for wrong input.
+    """
+    import sys
+
+    from transformers.hf_argparser import HfArgumentParser
+
+    parser = HfArgumentParser(MemoryArguments, prog="python -m misa.memory", description=__doc__.partition("\n\n")[2])
+    try:
+        (settings,) = parser.parse_args_into_dataclasses(arguments)
+        measure_all(settings, [parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure_all(settings: MemoryArguments, command: list[str]) -> Path:
+    """Measure every method and write `result.json` and `memory.csv`.
+
+    Args:
+        settings: What to measure.
+        command: The command line, for the result's provenance.
+
+    Returns:
+        The folder written.
+
+    Raises:
+        ValueError: For an unknown model, method or option.
+    """
+    from misa.memory.step import rows
+    from misa.results import Result, provenance, write_result
+
+    names = settings.method_names()
+    start = time.perf_counter()
+    model_name = Path(settings.model_name_or_path).name
+    table: list[dict[str, Any]] = []
+    metrics, peaks, details = {}, {}, {}
+    for name in names:
+        memory, detail = measure_method(name, settings)
+        columns = {
+            "method": name,
+            "model": model_name,
+            "batch_size": settings.batch_size,
+            "seq_len": settings.seq_len,
+            "checkpointing": settings.gradient_checkpointing,
+        }
+        table += rows(memory, **columns)
+        metrics[f"{name}/loss"] = memory.loss
+        peaks[f"{name}/peak_bytes"] = memory.peak.total_bytes
+        peaks.update({f"{name}/{category}_bytes": num for category, num in memory.peak.by_category.items()})
+        details[name] = detail
+        print(_line(name, memory), flush=True)
+    folder = Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(table, folder / "memory.csv")
+    write_result(
+        Result(
+            run=settings.run,
+            kind="memory",
+            method=",".join(names),
+            model=model_name,
+            data="random",
+            seed=settings.seed,
+            config={**asdict(settings), "per_method": details},
+            provenance=provenance(command),
+            metrics=metrics,
+            peaks=peaks,
+            timings={"measure_s": time.perf_counter() - start},
+        ),
+        folder,
+    )
+    return folder
+
+
+def measure_method(name: str, settings: MemoryArguments) -> tuple[StepMemory, dict[str, Any]]:
+    """Measure one method on a freshly loaded model.
+
+    Args:
+        name: Key of `misa.methods.METHODS`.
+        settings: What to measure.
+
+    Returns:
+        The measurement, and what else is known: the method's settings, the blocks that were on, where the peak lay.
+    """
+    import torch
+
+    from misa.memory.step import enable_checkpointing, measure_step, random_batch, training_step
+    from misa.methods import METHODS, build
+
+    torch.manual_seed(settings.seed)
+    model = load(settings.model_name_or_path, settings.dtype, settings.seed)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and settings.seq_len > limit:
+        raise ValueError(f"seq_len is {settings.seq_len}; {settings.model_name_or_path} allows at most {limit}")
+    batch = random_batch(model.config.vocab_size, settings.batch_size, settings.seq_len, settings.seed)
+    options = {key: value for key, value in settings.given_options().items() if key in METHODS[name].defaults}
+    built = build(name, model, lr=1e-5, seed=settings.seed, options=options)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(built.model)
+    built.model.train()
+    optimizer = make_optimizer(built)
+    # The state that a first step makes does not depend on the batch, so a small one does.
+    training_step(built.model, optimizer, random_batch(model.config.vocab_size, 1, min(8, settings.seq_len)))
+    gc.collect()
+    memory = measure_step(built.model, optimizer, batch)
+    detail = {
+        "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in built.settings.items()},
+        "active": list(getattr(optimizer, "active", ())),
+        "peak_operation": memory.peak.operation,
+        "peak_phase": memory.peak.phase,
+    }
+    return memory, detail
+
+
+def load(name_or_path: str, dtype: str, seed: int) -> Any:
+    """Load a model folder, or build a model of a named size with random weights.
+
+    Args:
+        name_or_path: A folder, or a name out of `misa.models.MODEL_SIZES`.
+        dtype: Precision of the weights.
+        seed: Of random weights.
+
+    Returns:
+        A transformers causal language model on the CPU.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from misa.models import MODEL_SIZES, build_model, load_model, model_config
+
+    transformers_logging.disable_progress_bar()
+    if name_or_path in MODEL_SIZES:
+        return build_model(model_config(name_or_path), seed, dtype)
+    if not Path(name_or_path).is_dir():
+        raise ValueError(
+            f"model_name_or_path is {name_or_path!r}; it must be the folder of a model or one of the sizes "
+            f"{', '.join(MODEL_SIZES)}"
+        )
+    return load_model(name_or_path, dtype)
+
+
+def make_optimizer(built: Built) -> Any:
+    """Make the optimizer as `transformers.Trainer` does: a factory gets the model, a class its trainable parameters.
+
+    Args:
+        built: A method applied to a model.
+
+    Returns:
+        The optimizer.
+    """
+    import torch
+
+    kind, options = built.optimizer_cls_and_kwargs
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+        return kind([p for p in built.model.parameters() if p.requires_grad], **options)
+    return kind()(built.model, **options)
+
+
+def write_table(table: list[dict[str, Any]], path: Path) -> None:
+    """Write the tidy table with the columns `COLUMNS`, in one move."""
+    import csv
+    import io
+
+    from misa.files import write_text
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_text(path, text.getvalue())
+
+
+def _line(name: str, memory: StepMemory) -> str:
+    parts = ", ".join(f"{category} {num / 2**20:.0f}" for category, num in memory.peak.by_category.items() if num)
+    peak = memory.peak
+    return f"{name}: peak {peak.total_bytes / 2**20:.0f} MiB ({parts}) in {peak.phase} at {peak.operation}"

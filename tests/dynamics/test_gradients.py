@@ -1,0 +1,175 @@
+"""Measured gradients against gradients taken one by one, and the command on a real small LLaMA and real text."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from misa.dynamics.batches import load_batches
+from misa.dynamics.command import find_snapshots, main, snapshot_step
+from misa.dynamics.gradients import block_gradients, layer_indices, matrix_name
+from misa.optimizer import partition
+
+
+class Net(nn.Module):
+    """Two layers of two matrices, and a head outside the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(4, 5), "b": nn.Linear(5, 4)}) for _ in range(2))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x, y):
+        for layer in self.layers:
+            x = x + layer["b"](torch.tanh(layer["a"](x)))
+        return SimpleNamespace(loss=((self.head(x) - y) ** 2).mean())
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    model = Net()
+    batches = [{"x": torch.randn(3, 4), "y": torch.randn(3, 1)} for _ in range(5)]
+    return model, partition(model), batches
+
+
+def test_statistics_equal_those_of_gradients_taken_one_by_one(problem):
+    model, blocks, batches = problem
+    found = block_gradients(model, blocks, batches)
+    for b, block in enumerate(blocks):
+        parameters = [p for _, p in block.params]
+        each = torch.stack(
+            [
+                torch.cat([g.flatten() for g in torch.autograd.grad(model(**batch).loss, parameters)])
+                for batch in batches
+            ]
+        ).double()
+        full = each.mean(0)
+        np.testing.assert_allclose(found.sq_norm[b], float(full @ full), rtol=1e-5)
+        np.testing.assert_allclose(found.batch_sq_norm[:, b], each.square().sum(1), rtol=1e-5)
+        np.testing.assert_allclose(found.noise[b], float((each - full).square().sum(1).mean()), rtol=1e-4)
+        assert found.numel[b] == block.numel
+    assert found.num_parameters == sum(p.numel() for p in model.parameters())
+    assert found.layer.tolist() == [0, 0, 1, 1]
+
+
+def test_model_is_left_as_it_was(problem):
+    model, blocks, batches = problem
+    model.layers[0]["a"].weight.requires_grad_(False)
+    model.train()
+    block_gradients(model, blocks, batches)
+    assert not model.layers[0]["a"].weight.requires_grad
+    assert model.head.weight.requires_grad
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_names_of_layers_and_matrices(problem):
+    _, blocks, _ = problem
+    assert [matrix_name(block) for block in blocks] == ["a", "b", "a", "b"]
+    assert layer_indices(blocks).tolist() == [0, 0, 1, 1]
+
+
+def test_no_batches_and_a_zero_gradient_are_refused(problem):
+    model, blocks, batches = problem
+    with pytest.raises(ValueError, match="batches is empty"):
+        block_gradients(model, blocks, [])
+    nn.init.zeros_(model.head.weight)
+    with pytest.raises(ValueError, match=r"squared norm of the full gradient is 0\.0"):
+        block_gradients(model, blocks, batches)
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    """A corpus of this project's own dependencies, and an untrained small LLaMA with its tokenizer."""
+    from misa.data.corpus import make_corpus
+    from misa.models import build_model, load_tokenizer, model_config
+
+    root = tmp_path_factory.mktemp("variance")
+    make_corpus(root / "corpus", packages=["networkx"], vocab_size=512, validation_share=0.1)
+    tokenizer = load_tokenizer(root / "corpus" / "tokenizer")
+    folder = root / "checkpoint-3"
+    build_model(model_config("2m", vocab_size=len(tokenizer)), seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, root / "corpus"
+
+
+def test_command_writes_both_tables_and_the_result(snapshot, tmp_path):
+    folder, corpus = snapshot
+    words = ["variance", "--model", str(folder), f"again={folder}", "--dataset_path", str(corpus)]
+    words += ["--num_batches", "3", "--batch_size", "2", "--seq_len", "32", "--budget", "0.1", "--num_draws", "20000"]
+    assert main([*words, "--output_dir", str(tmp_path)]) == 0
+    norms = pd.read_csv(tmp_path / "gradient_norms.csv")
+    assert list(norms.columns) == ["snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"]
+    assert len(norms) == 2 * 4 * 7
+    assert set(norms["step"]) == {3}
+    assert set(norms["matrix"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    table = pd.read_csv(tmp_path / "variance.csv")
+    wide = table.pivot(index=["snapshot", "scheme"], columns="quantity", values="value")
+    np.testing.assert_allclose(wide["active_share"], 0.1)
+    np.testing.assert_allclose(wide.loc["checkpoint-3"], wide.loc["again"])  # the same model twice
+    first = wide.loc["checkpoint-3"]
+    np.testing.assert_allclose(first.loc["layer_uniform", "variance"], first.loc["matrix_uniform", "variance"])
+    assert first["variance"].idxmin() == "matrix_oracle"
+    assert (first["variance_agreement"].abs() < 0.1).all()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["kind"], result["config"]["budget"]) == ("variance", 0.1)
+    assert len(result["provenance"]["data_digest"]) == 64
+
+
+def test_batches_do_not_repeat_sequences_and_follow_the_seed(snapshot):
+    from misa.models import load_tokenizer
+
+    folder, corpus = snapshot
+    tokenizer = load_tokenizer(folder)
+    one, other, again = (load_batches(corpus, tokenizer, 3, 2, 16, seed=seed) for seed in (0, 1, 0))
+    ids = torch.cat([batch["input_ids"] for batch in one])
+    assert len({tuple(row) for row in ids.tolist()}) == 6
+    assert torch.equal(ids, torch.cat([batch["input_ids"] for batch in again]))
+    assert not torch.equal(ids, torch.cat([batch["input_ids"] for batch in other]))
+
+
+def test_batches_of_instruction_data_label_the_response_alone(snapshot, tmp_path):
+    from misa.models import load_tokenizer
+
+    lines = [
+        json.dumps({"instruction": f"Say {word}.", "input": "", "output": word}) for word in ("yes", "no", "so", "on")
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n")
+    batches = load_batches(tmp_path, load_tokenizer(snapshot[0]), 2, 2, 256)
+    assert len(batches) == 2
+    assert all((batch["labels"] == -100).any() and (batch["labels"] != -100).any() for batch in batches)
+
+
+def test_step_of_a_snapshot(tmp_path):
+    numbered, state, plain, run = (tmp_path / name for name in ("checkpoint-50", "state", "plain", "run/model"))
+    for folder in (numbered, state, plain, run):
+        folder.mkdir(parents=True)
+    (state / "trainer_state.json").write_text('{"global_step": 7}')
+    (run.parent / "curves.csv").write_text(
+        "step,tokens,time_s,metric,value\n10,1,0.5,eval_loss,2.0\n20,2,1.0,eval_loss,1.0\n"
+    )
+    assert [snapshot_step(folder) for folder in (numbered, state, plain, run)] == [50, 7, -1, 20]
+    assert [found.name for found in find_snapshots([str(run), f"x={plain}"])] == ["run", "x"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["norms"], "verb is 'norms'; allowed: variance"),
+        (["variance", "--model", "/nowhere"], "model /nowhere is not a folder"),
+        (["variance", "--model", ".", "--budget", "3"], r"budget is 3.0; it must be in (0, 1]"),
+        (["variance", "--model", ".", "--num_batches", "1"], "num_batches is 1; it must be at least 2"),
+        (["variance", "--model", "a=.", "a=."], "two snapshots have the same name"),
+    ],
+)
+def test_wrong_input_ends_with_status_2_and_one_line(words, message, tmp_path, capsys):
+    more = ["--dataset_path", str(tmp_path), "--output_dir", str(tmp_path)] if len(words) > 1 else []
+    assert main([*words, *more]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,51 @@
+"""The tracker against what the operating system says the process holds: a witness without the tracker's blind spots."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import gc, json
+from pathlib import Path
+from misa.memory.command import make_optimizer
+from misa.memory.step import measure_step, random_batch, training_step
+from misa.methods import build
+from misa.models import build_model, model_config
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+found = {}
+for name, options in {"adamw": {}, "misa": {"budget": 0.1}}.items():
+    built = build(name, build_model(model_config("7m", vocab_size=16000), 0, "bfloat16"), lr=1e-5, options=options)
+    optimizer, batch = make_optimizer(built), random_batch(16000, 8, 128)
+    for _ in range(2):
+        training_step(built.model, optimizer, batch)
+    gc.collect()
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+    training_step(built.model, optimizer, batch)
+    grown = status("VmHWM") - before
+    memory = measure_step(built.model, optimizer, batch)
+    end = memory.moments["step_end"].by_category
+    found[name] = [grown, memory.peak.total_bytes - end["weights"] - end["optimizer"]]
+    del built, optimizer
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs")
+def test_tracked_growth_in_a_step_equals_resident_set_growth(repository: Path):
+    # Small thresholds make the allocator hand memory back, so that the resident set follows what is live.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, cwd=repository, capture_output=True, text=True, check=True
+    )
+    for name, (resident, tracked) in json.loads(done.stdout.splitlines()[-1]).items():
+        assert tracked == pytest.approx(resident, rel=0.02), name
