@@ -1,0 +1,93 @@
+"""Figures: one pure function `plot(table) -> Figure` each, in one style.
+
+`FIGURES` names them all with the tidy table each is drawn from.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+#: Name of each figure -> name of the table it is drawn from. The module of the same name holds its `plot`.
+FIGURES = {
+    "convergence": "convergence.csv",
+    "gradient_variance": "variance.csv",
+    "gradient_norms": "gradient_norms.csv",
+    "memory": "memory.csv",
+    "scores": "scores.csv",
+}
+
+
+CACHED_TABLES = "paper_figures/data"
+
+
+def plot(name: str, table: pd.DataFrame) -> Figure:
+    """Draw a figure by name.
+
+    Args:
+        name: Key of `FIGURES`.
+        table: Its tidy table.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If the name is unknown or the table does not fit.
+    """
+    if name not in FIGURES:
+        raise ValueError(f"figure is {name!r}; allowed: {', '.join(FIGURES)}")
+    figure: Figure = import_module(f"misa.figures.{name}").plot(table)
+    return figure
+
+
+def cached_table(name: str) -> pd.DataFrame:
+    """Read a table of the cached results, `paper_figures/data/NAME.csv` of the checkout around the working directory.
+
+    Args:
+        name: A table, such as "scores" or "runs", or a figure, which means the table it is drawn from.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the working directory lies in no checkout, or there is no such table.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / CACHED_TABLES).is_dir():
+            return read_table(folder / CACHED_TABLES / FIGURES.get(name, f"{name}.csv"))
+    raise ValueError(f"no folder {CACHED_TABLES} at or above {here}; run this inside a checkout of the project")
+
+
+def plot_cached(name: str) -> Figure:
+    """Draw a figure from its cached table; see `cached_table` and `plot`."""
+    return plot(name, cached_table(name))
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Read a tidy table.
+
+    Args:
+        path: A CSV file.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If there is no such file or it holds nothing.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"table {path} does not exist")
+    try:
+        # "none" is a method (the base model), so only empty cells are missing values.
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"table {path} is empty") from None

@@ -1,0 +1,62 @@
+"""`python -m misa.figures`: draw a figure, or all of them, from tidy tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from misa.figures import FIGURES, plot, read_table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Words of the command line; by default those of this process.
+
+    Returns:
+        Exit status: 0, or 2 for wrong input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m misa.figures",
+        description="Draw figures as PDF and PNG. The same table gives the same bytes.",
+    )
+    parser.add_argument("name", choices=[*FIGURES, "all"], help="which figure, or all whose table exists")
+    parser.add_argument("--table", help="CSV file (default: the figure's table in --data_dir)")
+    parser.add_argument("--output", help="path without ending (default: the figure's name in --output_dir)")
+    parser.add_argument("--data_dir", "--data-dir", default="paper_figures/data", help="folder of the tables")
+    parser.add_argument("--output_dir", "--output-dir", default="paper_figures", help="folder of the figures")
+    options = parser.parse_args(arguments)
+    try:
+        if options.name == "all" and (options.table or options.output):
+            raise ValueError("--table and --output go with one figure; with all, give --data_dir and --output_dir")
+        drawn = 0
+        for name in FIGURES if options.name == "all" else [options.name]:
+            table = Path(options.table or Path(options.data_dir) / FIGURES[name])
+            if options.name == "all" and not table.is_file():
+                print(f"{name}: skipped, {table} does not exist", file=sys.stderr)
+                continue
+            _draw(name, table, Path(options.output or Path(options.output_dir) / name))
+            drawn += 1
+        if not drawn:
+            raise ValueError(f"{options.data_dir} holds none of the tables {', '.join(FIGURES.values())}")
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _draw(name: str, table: Path, stem: Path) -> None:
+    from misa.figures.style import save
+
+    try:
+        figure = plot(name, read_table(table))
+    except ValueError as error:
+        raise ValueError(f"{name} from {table}: {error}") from None
+    for path in save(figure, stem):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The one style of all figures: width, fonts, and one colour, marker and label for each method, category and scheme.
+
+Colours of methods are mostly those of Okabe and Ito, of stacked categories those of Paul Tol; both stay
+distinct in the common forms of colour blindness. Lines differ in marker and dash as well, for print in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+#: Width of a column in print.
+COLUMN_WIDTH_IN = 3.4
+_RESOLUTION_DPI = 300
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one thing is drawn everywhere."""
+
+    label: str
+    color: str
+    marker: str = "o"
+    dash: Any = "solid"
+
+
+METHODS = {
+    "none": Look("base model", "#777777", "x", (0, (1, 1))),
+    "adamw": Look("AdamW", "#000000", "s", "solid"),
+    "lora": Look("LoRA", "#CC79A7", "D", (0, (5, 1.5))),
+    "dora": Look("DoRA", "#882255", "d", (0, (5, 1.5, 1, 1.5))),
+    "galore": Look("GaLore", "#56B4E9", "p", (0, (2, 1))),
+    "badam": Look("BAdam", "#0072B2", "v", (0, (4, 1.5))),
+    "lisa": Look("LISA", "#009E73", "^", (0, (4, 1.5, 1, 1.5))),
+    "misa": Look("MISA", "#D55E00", "o", "solid"),
+    "misa_uniform": Look("MISA, uniform", "#E69F00", "h", (0, (3, 1))),
+    "misa_lora": Look("MISA on LoRA", "#332288", "P", (0, (1, 1))),
+}
+
+CATEGORIES = {
+    "weights": Look("weights", "#DDDDDD"),
+    "gradients": Look("gradients", "#EE8866"),
+    "optimizer": Look("optimizer", "#77AADD"),
+    "activations": Look("activations", "#117733"),
+    "logits": Look("logits and loss", "#AA4499"),
+    "temporary": Look("temporary", "#EEDD88"),
+}
+
+# A scheme has the colour of the method that draws in this way.
+SCHEMES = {
+    "layer_cyclic": Look("layer, cyclic", METHODS["badam"].color, "v"),
+    "layer_uniform": Look("layer, uniform", METHODS["lisa"].color, "^"),
+    "matrix_uniform": Look("matrix, uniform", METHODS["misa_uniform"].color, "h"),
+    "matrix_importance_eta1": Look("matrix, importance, $\\eta = 1$", METHODS["misa"].color, "o"),
+    "matrix_importance_auto": Look("matrix, importance, auto $\\eta$", METHODS["misa"].color, "P"),
+    "matrix_oracle": Look("matrix, oracle", METHODS["adamw"].color, "*"),
+}
+
+_RC: Any = {
+    "figure.dpi": _RESOLUTION_DPI,
+    "savefig.dpi": _RESOLUTION_DPI,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so the same on every machine
+    "mathtext.fontset": "dejavusans",
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7,
+    "legend.fontsize": 6.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3,
+    "legend.frameon": False,
+    "legend.handlelength": 2.2,
+    "pdf.fonttype": 42,  # fonts that journals accept and that stay text
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's own defaults with this project's settings; what the reader's matplotlibrc says does not count."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        yield
+
+
+def new_figure(height_in: float, width_in: float = COLUMN_WIDTH_IN) -> Figure:
+    """An empty figure of a width fit for print; to be called inside `style()`.
+
+    Args:
+        height_in: Height in inches.
+        width_in: Width in inches. Default: one column.
+
+    Returns:
+        A figure that belongs to no window and to no pyplot state.
+    """
+    figure = Figure(figsize=(width_in, height_in), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, stem: str | Path) -> list[Path]:
+    """Write `STEM.pdf` and `STEM.png`: the same bytes for the same figure, whenever they are written.
+
+    Args:
+        figure: The figure.
+        stem: Path without ending; its folder is made.
+
+    Returns:
+        The two paths.
+    """
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.pdf"), stem.with_name(f"{stem.name}.png")]
+    with style():
+        # No dates and no version of the program that drew it.
+        figure.savefig(paths[0], metadata={"CreationDate": None, "Producer": None, "Creator": None})
+        figure.savefig(paths[1], metadata={"Software": None})
+    return paths
+
+
+def look(kind: dict[str, Look], name: str) -> Look:
+    """Look of `name`; a name that has none yet is drawn in grey under its own name."""
+    return kind.get(name, Look(name.replace("_", " "), "#999999", "."))
+
+
+def in_order(kind: dict[str, Look], names: Iterable[str]) -> list[str]:
+    """The distinct names in the fixed order of the style, unknown ones at the end by alphabet."""
+    order = list(kind)
+    return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def snapshot_label(name: object, step: float) -> str:
+    """Name of a snapshot with its step, unless the name says it (`checkpoint-50`) or nobody knows it (negative)."""
+    text = str(name)
+    return text if step < 0 or text.endswith(f"{step:.0f}") else f"{text} (step {step:.0f})"
+
+
+def require(table: Any, columns: Iterable[str]) -> None:
+    """Check that a table can be drawn.
+
+    Args:
+        table: A pandas data frame.
+        columns: Columns it must have.
+
+    Raises:
+        ValueError: If a column is missing or there are no rows.
+    """
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(f"table lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
+    if table.empty:
+        raise ValueError("table has no rows")

@@ -1,0 +1,226 @@
+"""Every figure draws from a tidy table, in the one style, and gives the same bytes each time."""
+
+import subprocess
+import sys
+
+import matplotlib as mpl
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from misa.figures import FIGURES, plot, read_table
+from misa.figures import style as s
+from misa.figures.__main__ import main
+from misa.memory.tracker import CATEGORIES
+
+METHODS = ["adamw", "lora", "badam", "lisa", "misa"]
+
+
+def convergence():
+    return pd.DataFrame(
+        [
+            (
+                kind,
+                f"{kind}-{method}-s{seed}",
+                method,
+                seed,
+                step,
+                100 * step,
+                1.5 * step,
+                "eval_loss",
+                3 - step / 40 + seed / 9,
+            )
+            for kind in ("finetune", "pretrain")
+            for method in METHODS
+            for seed in (0, 1)
+            for step in range(0, 50, 10)
+        ],
+        columns=["kind", "run", "method", "seed", "step", "tokens", "time_s", "metric", "value"],
+    )
+
+
+def gradient_variance():
+    names = ["relative_variance", "variance", "variance_mc", "variance_mc_stderr", "captured_share"]
+    names += ["captured_share_q05", "captured_share_q95", "active_share"]
+    values = [12.0, 120.0, 121.0, 2.0, 0.2, 0.0, 0.5, 0.03]
+    return pd.DataFrame(
+        [
+            (f"checkpoint-{step}", step, scheme, name, value * (1 + i / 7 if "share" not in name else 1))
+            for step in (0, 50)
+            for i, scheme in enumerate(s.SCHEMES)
+            for name, value in zip(names, values, strict=True)
+        ],
+        columns=["snapshot", "step", "scheme", "quantity", "value"],
+    )
+
+
+def gradient_norms():
+    return pd.DataFrame(
+        [
+            ("checkpoint-5", 5, f"layers.{layer}.{matrix}", layer, matrix, 64, 10.0**-i * (layer + 1), 0.1)
+            for layer in range(3)
+            for i, matrix in enumerate(["q_proj", "k_proj", "down_proj"])
+        ],
+        columns=["snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"],
+    )
+
+
+def memory():
+    return pd.DataFrame(
+        [
+            (method, "m", 4, 128, False, category, 2**20 * (i + j + 1), "peak")
+            for i, method in enumerate(METHODS)
+            for j, category in enumerate(CATEGORIES)
+        ],
+        columns=["method", "model", "batch_size", "seq_len", "checkpointing", "category", "bytes", "moment"],
+    )
+
+
+def scores():
+    return pd.DataFrame(
+        [
+            (f"{method}-s{seed}", method, seed, "family", "exact_match", 0.1 * i + 0.05 * seed, 0.02, 200, "1.0")
+            for i, method in enumerate(["none", *METHODS])
+            for seed in range(2 if i else 1)
+        ],
+        columns=["run", "method", "seed", "task", "metric", "value", "stderr", "num_documents", "task_version"],
+    )
+
+
+TABLES = {
+    "convergence": convergence,
+    "gradient_variance": gradient_variance,
+    "gradient_norms": gradient_norms,
+    "memory": memory,
+    "scores": scores,
+}
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(mpl.text.Text) if text.get_visible() and text.get_text()]
+
+
+def test_every_figure_is_tested():
+    assert set(TABLES) == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_has_column_width_labels_and_readable_text_inside_its_edges(name):
+    figure = plot(name, TABLES[name]())
+    width, height = figure.get_size_inches()
+    assert width == s.COLUMN_WIDTH_IN
+    assert height < 5
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes:
+        assert axes.get_xlabel() or axes.get_ylabel() or axes.get_title(loc="left")
+    drawn = figure.get_tightbbox(canvas.get_renderer())  # inches
+    assert drawn.x0 >= -0.01
+    assert drawn.y0 >= -0.01
+    assert drawn.x1 <= width + 0.01
+    assert drawn.y1 <= height + 0.01
+    sizes = [text.get_fontsize() for text in figure.findobj(mpl.text.Text) if text.get_text().strip()]
+    assert min(sizes) >= 6
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_files_are_the_same_bytes_in_another_process_at_another_time(name, tmp_path):
+    table = tmp_path / "table.csv"
+    TABLES[name]().to_csv(table, index=False)
+    assert main([name, "--table", str(table), "--output", str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "misa.figures", name, "--table", str(table), "--output", str(tmp_path / "two")]
+    # A reader's own style file and locale must not show.
+    (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\nfont.size: 20\n")
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
+    for suffix in (".pdf", ".png"):
+        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
+    assert b"CreationDate" not in (tmp_path / "one.pdf").read_bytes()
+
+
+def test_each_method_category_and_scheme_has_its_own_look():
+    for kind in (s.METHODS, s.CATEGORIES):
+        assert len({look.color for look in kind.values()}) == len(kind)
+    assert len({(look.color, look.marker) for look in s.SCHEMES.values()}) == len(s.SCHEMES)
+    assert len({look.marker for look in s.METHODS.values()}) == len(s.METHODS)
+
+
+def test_style_knows_every_method_category_and_scheme_of_the_package():
+    from misa.dynamics.variance import SCHEMES
+    from misa.methods import METHODS as BUILT
+
+    assert set(BUILT) <= set(s.METHODS)
+    assert tuple(s.CATEGORIES) == CATEGORIES
+    assert tuple(s.SCHEMES) == SCHEMES
+
+
+def test_colours_differ_for_colour_blind_eyes():
+    """Machado, Oliveira and Fernandes (2009), full protanopia and deuteranopia, on linear RGB."""
+    import numpy as np
+    from matplotlib.colors import to_rgb
+
+    matrices = {
+        "protanopia": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deuteranopia": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
+    }
+    for kind in (s.METHODS, s.CATEGORIES):
+        colors = np.array([to_rgb(look.color) for look in kind.values()]) ** 2.2
+        for name, matrix in matrices.items():
+            seen = np.clip(colors @ np.array(matrix).T, 0, 1) ** (1 / 2.2)
+            distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1) + 9 * np.eye(len(seen))
+            assert distance.min() > 0.08, (name, list(kind)[int(distance.argmin()) // len(seen)])
+
+
+def test_drawing_leaves_the_readers_settings_alone():
+    before = dict(mpl.rcParams)
+    plot("memory", memory())
+    assert dict(mpl.rcParams) == before
+
+
+def test_memory_bars_end_at_the_total_of_the_table():
+    table = memory()
+    figure = plot("memory", table)
+    ends = {}
+    for bar in figure.axes[0].patches:
+        row = round(bar.get_y() + bar.get_height() / 2)
+        ends[row] = max(ends.get(row, 0), bar.get_x() + bar.get_width())
+    totals = table.groupby("method")["bytes"].sum() / 2**20
+    assert [ends[i] for i in range(len(METHODS))] == pytest.approx([totals[method] for method in METHODS])
+
+
+def test_kind_without_evaluation_shows_its_training_loss():
+    table = convergence()
+    table.loc[table["kind"] == "finetune", "metric"] = "train_loss"
+    labels = texts(plot("convergence", table))
+    assert {"eval loss (nats/token)", "training loss (nats/token)"} <= set(labels)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged():
+    table = convergence()
+    table = table[(table["kind"] == "finetune") & (table["method"] == "misa")]
+    other = table.assign(run=table["run"].str.replace("misa", "misa-delta10"), value=table["value"] + 1)
+    labels = texts(plot("convergence", pd.concat([table, other])))
+    assert {"finetune-misa", "finetune-misa-delta10"} <= set(labels)
+    assert "MISA" in texts(plot("convergence", table))
+
+
+def test_wrong_tables_are_named(tmp_path, capsys):
+    with pytest.raises(ValueError, match="figure is 'pie'; allowed: convergence"):
+        plot("pie", memory())
+    with pytest.raises(ValueError, match="table lacks the columns bytes, moment"):
+        plot("memory", memory().drop(columns=["bytes", "moment"]))
+    with pytest.raises(ValueError, match="no rows with metric eval_loss or train_loss"):
+        plot("convergence", convergence().assign(metric="learning_rate"))
+    with pytest.raises(ValueError, match="does not exist"):
+        read_table(tmp_path / "no.csv")
+    assert main(["memory", "--table", str(tmp_path / "no.csv"), "--output", str(tmp_path / "x")]) == 2
+    assert "no.csv does not exist" in capsys.readouterr().err
+    assert main(["all", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path)]) == 2
+    assert "holds none of the tables" in capsys.readouterr().err
