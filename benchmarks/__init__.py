@@ -1,0 +1,1 @@
+"""Timings to be taken on a quiet machine and compared inside one run only."""

@@ -1,0 +1,205 @@
+"""What snakemake plans, by dry runs: cached and fresh results, every scale, and configurations with mistakes."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from misa.figures import FIGURES
+from misa.results.collect import TABLES
+
+SCALES = ("laptop", "workstation", "paper")
+COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "collect"}
+DRAWING = {"figure": len(FIGURES), "score_tables": 1, "all": 1}
+
+
+def planned(output: str) -> dict[str, int]:
+    """Number of planned jobs by rule, from the table that a dry run prints."""
+    _, found, table = output.partition("Job stats:\n")
+    assert found, output
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", table.partition("\n\n")[0], re.MULTILINE))
+    return {name: int(count) for name, count in jobs.items() if name != "total"}
+
+
+def sheet(repository: Path, scale: str) -> list[dict[str, str]]:
+    with (repository / "workflows" / "config" / f"{scale}.tsv").open(newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path, scale: str) -> None:
+    done = snakemake("-n", "--quiet", "rules", "--config", f"scale={scale}", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    kinds = Counter(row["kind"] for row in sheet(repository, scale))
+    assert planned(done.stdout) == {
+        **dict.fromkeys(COMPUTING, 1),
+        **kinds,
+        "evaluate_pretrained": kinds["pretrain"],
+        "evaluate_finetuned": kinds["finetune"] + 1,
+        **DRAWING,
+    }
+
+
+def test_default_is_fresh_at_laptop_scale(snakemake, tmp_path: Path) -> None:
+    done = snakemake("-n", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "results/laptop/runs/finetune-misa/result.json" in done.stdout
+
+
+def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
+    names = {row["run"] for row in sheet(repository, "laptop")}
+    assert names >= {"pretrain-adamw", "pretrain-misa", "finetune-misa", "finetune-lora"}
+
+
+def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
+    for name in TABLES:
+        table = tmp_path / "paper_figures" / "data" / f"{name}.csv"
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.touch()
+    done = snakemake("-n", "--quiet", "rules", "--config", "results=cached", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert planned(done.stdout) == DRAWING
+
+
+def test_cached_cannot_freeze(snakemake, tmp_path: Path) -> None:
+    done = snakemake("freeze", "-n", "--config", "results=cached", folder=tmp_path)
+    assert done.returncode != 0
+    assert "freeze" in done.stdout
+
+
+def test_freeze_follows_the_whole_chain(snakemake, tmp_path: Path) -> None:
+    done = snakemake("freeze", "-n", "--quiet", "rules", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    jobs = planned(done.stdout)
+    assert jobs["freeze"] == 1
+    assert jobs.keys() >= COMPUTING
+    assert "figure" not in jobs
+
+
+def test_tables_and_figures_are_those_of_the_package(repository: Path) -> None:
+    common = (repository / "workflows" / "rules" / "common.smk").read_text()
+    drawn = re.search(r"FIGURE_TABLES = (\{.*?\n\})", common, re.DOTALL)
+    tables = re.search(r"ALL_TABLES = (\[.*?\])", common, re.DOTALL)
+    assert drawn
+    assert tables
+    assert yaml.safe_load(drawn[1].replace("\n", " ")) == {name: Path(csv).stem for name, csv in FIGURES.items()}
+    assert sorted(yaml.safe_load(tables[1].replace("\n", " "))) == sorted(TABLES)
+
+
+def test_typo_on_the_command_line_stops_before_any_job(snakemake, tmp_path: Path) -> None:
+    done = snakemake("--cores", "1", "--config", "reslts=cached", folder=tmp_path)
+    assert done.returncode != 0
+    assert "'reslts' was unexpected" in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [((), "reslts"), (("family",), "num_trian"), (("variance",), "run")],
+)
+def test_typo_in_a_file_stops_before_any_job(snakemake, repository, tmp_path, place, wrong) -> None:
+    config = yaml.safe_load((repository / "workflows" / "config" / "laptop.yaml").read_text())
+    section = config
+    for key in place:
+        section = section[key]
+    section[wrong] = 1
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(config))
+    done = snakemake("--cores", "1", "--configfile", file, folder=tmp_path)
+    assert done.returncode != 0
+    assert f"'{wrong}' was unexpected" in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_missing_and_impossible_values_are_named(snakemake, repository: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((repository / "workflows" / "config" / "laptop.yaml").read_text())
+    file = tmp_path / "wrong.yaml"
+    for change, message in (
+        ({"family": {"num_train": 0, "num_test": 1, "seed": 0}}, "0 is less than the minimum of 1"),
+        ({"family": {"num_train": 1, "seed": 0}}, "'num_test' is a required property"),
+        ({"variance": {"runs": ["pretrain-nobody"], "args": ""}}, "pretrain-nobody"),
+    ):
+        file.write_text(yaml.safe_dump(config | change))
+        done = snakemake("-n", "--configfile", file, folder=tmp_path)
+        assert done.returncode != 0
+        assert message in done.stdout
+
+
+def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
+    done = snakemake("-n", "--config", "scale=desktop", folder=tmp_path)
+    assert done.returncode != 0
+    assert "'desktop', allowed: laptop, paper, workstation" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("finetune-new\tfinetun\t--method misa", "'finetun' is not one of"),
+        ("base\tfinetune\t--method misa", "does not match"),
+        ("pretrain-misa\tpretrain\t--method misa", "'pretrain-misa' occurs twice"),
+    ],
+)
+def test_mistake_in_the_sheet_is_named(snakemake, repository, tmp_path, line, message) -> None:
+    config = yaml.safe_load((repository / "workflows" / "config" / "laptop.yaml").read_text())
+    rows = (repository / config["sheet"]).read_text()
+    (tmp_path / "sheet.tsv").write_text(f"{rows}{line}\n")
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config | {"sheet": "sheet.tsv"}))
+    done = snakemake("-n", "--configfile", tmp_path / "wrong.yaml", folder=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stdout
+
+
+def test_second_run_beside_the_first_is_refused(snakemake, tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / ".snakemake").mkdir()
+    with (tmp_path / ".snakemake" / "running.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = snakemake("family", "--cores", "1", "--configfile", tiny, folder=tmp_path)
+    assert done.returncode != 0
+    assert "another snakemake is running" in done.stdout
+    assert not (tmp_path / "results" / "tiny" / "data" / "family" / "digest.json").exists()
+
+
+@pytest.mark.parametrize("scale", [*SCALES, "tiny"])
+def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> None:
+    """A misspelt option in a configuration must not wait for the job that uses it, hours later."""
+    from transformers import HfArgumentParser
+
+    from misa.dynamics.command import VarianceArguments
+    from misa.evaluate import EvaluateArguments
+    from misa.evaluation.scoring import task_names
+    from misa.memory.command import MemoryArguments
+    from misa.methods import METHODS
+    from misa.pretrain import PretrainOptions
+    from misa.train import FinetuneOptions
+    from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+
+    folder = repository / ("tests/workflow" if scale == "tiny" else "workflows/config")
+    config = yaml.safe_load((folder / f"{scale}.yaml").read_text())
+    paths = {"finetune": ["--model_name_or_path", "m"], "pretrain": []}
+    for row in csv.DictReader((folder / f"{scale}.tsv").open(newline=""), delimiter="\t"):
+        own = FinetuneOptions if row["kind"] == "finetune" else PretrainOptions
+        words = shlex.split(f"{config[row['kind']]['args']} {row['args']}")
+        _, _, method, *_ = parse(
+            (RunOptions, own, MethodOptions, CommonTrainingOptions),
+            # bf16 is refused where there is no GPU, unless the CPU is asked for.
+            [*paths[row["kind"]], "--dataset_path", "d", "--output_dir", "o", *words, "--use_cpu", "true"],
+            prog="",
+            usage="",
+            description="",
+        )
+        assert method.given().keys() <= METHODS[method.method].defaults.keys()
+    for arguments in config["evaluate"].values():
+        words = ["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o", *shlex.split(arguments)]
+        (settings,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(words)
+        assert set(settings.tasks.split(",")) <= set(task_names())
+    words = ["--model_name_or_path", "m", "--output_dir", "o", *shlex.split(config["memory"]["args"])]
+    HfArgumentParser(MemoryArguments).parse_args_into_dataclasses(words)[0].method_names()
+    words = ["--model", "m", "--dataset_path", "d", "--output_dir", "o", *shlex.split(config["variance"]["args"])]
+    HfArgumentParser(VarianceArguments).parse_args_into_dataclasses(words)

@@ -1,0 +1,133 @@
+# Configuration, its check, and the names all rules share.
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+# A configuration file given with --configfile stands for itself; otherwise the scale names one.
+if "sheet" not in config:
+    scale_file = Path(
+        workflow.basedir, "workflows", "config", f"{config.get('scale', 'laptop')}.yaml"
+    )
+    if not scale_file.is_file():
+        scales = sorted(path.stem for path in scale_file.parent.glob("*.yaml"))
+        raise WorkflowError(
+            f"scale is {config['scale']!r}, allowed: {', '.join(scales)}"
+        )
+
+    configfile: str(scale_file)
+
+
+validate(config, "../schemas/config.schema.yaml")
+
+SCALE = config["scale"]
+CACHED = config["results"] == "cached"
+OUT = f"results/{SCALE}"
+LOGS = f"{OUT}/logs"
+SCRATCH = f"scratch/{SCALE}"
+BASE_MODEL = f"results/inputs/models/{config['base_model']}"
+
+# Cached tables and figures are committed; fresh ones lie elsewhere, so that a run never changes what is committed.
+TABLES = "paper_figures/data" if CACHED else f"{OUT}/tables"
+FIGURES = "paper_figures" if CACHED else f"{OUT}/figures"
+SCORES = "paper_figures/tables" if CACHED else f"{OUT}/tables"
+
+# Figure -> the table it is drawn from.
+FIGURE_TABLES = {
+    "convergence": "convergence",
+    "gradient_variance": "variance",
+    "gradient_norms": "gradient_norms",
+    "memory": "memory",
+    "scores": "scores",
+}
+ALL_TABLES = ["convergence", "scores", "memory", "variance", "gradient_norms", "runs"]
+
+# Heavy jobs take all cores and run one after another: more threads than --cores allows are scaled down to it.
+THREADS = config["threads"] or os.cpu_count()
+
+sheet_file = next(
+    (
+        path
+        for path in (Path(config["sheet"]), Path(workflow.basedir, config["sheet"]))
+        if path.is_file()
+    ),
+    None,
+)
+if sheet_file is None:
+    raise WorkflowError(f"sheet {config['sheet']} does not exist")
+RUNS = pd.read_csv(sheet_file, sep="\t", comment="#", dtype=str, keep_default_na=False)
+validate(RUNS, "../schemas/runs.schema.yaml")
+if repeated := sorted(RUNS["run"][RUNS["run"].duplicated()]):
+    raise WorkflowError(f"{sheet_file}: run {repeated[0]!r} occurs twice")
+for run in config["variance"]["runs"]:
+    if run not in set(RUNS["run"]):
+        raise WorkflowError(
+            f"variance.runs names {run!r}, which is not in {sheet_file}"
+        )
+
+
+def runs_of(*kinds):
+    """Names of the runs of some kinds, in the order of the sheet."""
+    return RUNS["run"][RUNS["kind"].isin(kinds)].tolist()
+
+
+def one_of(names):
+    """Pattern for a wildcard that is one of some names; matches nothing if there are none."""
+    return "|".join(names) or "(?!)"
+
+
+# Two cores are soon oversubscribed: waiting threads sleep instead of spinning. Rules run in this very environment.
+for name, value in {
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}.items():
+    os.environ.setdefault(name, value)
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+)
+
+
+def hold_lock():
+    """Refuse to run beside another run of this folder.
+
+    The lock is the system's and goes away with the process, so after a kill the same command works again; snakemake's
+    own lock files would stay.
+    """
+    global lock_file
+    lock_file = open(".snakemake/running.lock", "w")
+    try:
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise WorkflowError(
+            "another snakemake is running in this folder; wait until it has finished"
+        ) from None
+
+
+def write_report(targets):
+    """Write results/report.html with snakemake's own report, if all that it shows is there."""
+    if CACHED or not all(Path(target).exists() for target in targets):
+        return
+    resolved = Path(OUT, "config.yaml")
+    resolved.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        str(workflow.main_snakefile),
+        "--quiet",
+        "all",
+    ]
+    subprocess.run(
+        [*command, "--configfile", str(resolved), "--report", "results/report.html"],
+        check=True,
+    )
+    print("report: results/report.html")

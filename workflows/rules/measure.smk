@@ -1,0 +1,137 @@
+# Scores of every model, memory of one training step, variance of the gradient; then one set of tidy tables.
+
+
+rule evaluate_pretrained:
+    input:
+        model=f"{OUT}/runs/{{run}}/model",
+        result=f"{OUT}/runs/{{run}}/result.json",
+        data=rules.corpus.output.validation,
+    output:
+        result=f"{OUT}/evaluations/{{run}}/result.json",
+        harness=f"{OUT}/evaluations/{{run}}/lm_eval.json",
+    log:
+        f"{LOGS}/evaluate-{{run}}.log",
+    wildcard_constraints:
+        run=one_of(runs_of("pretrain")),
+    conda:
+        "../envs/misa.yaml"
+    threads: THREADS
+    resources:
+        gpu=config["gpus"],
+    params:
+        args=lookup("evaluate/pretrained", within=config),
+        data=subpath(input.data, parent=True),
+        folder=subpath(output.result, parent=True),
+    message:
+        "perplexity of {wildcards.run}"
+    shell:
+        "python -m misa.evaluate --offline --model_name_or_path {input.model} --data_dir {params.data} {params.args}"
+        " --run {wildcards.run} --output_dir {params.folder} > {log} 2>&1"
+
+
+rule evaluate_finetuned:
+    input:
+        model=lambda wildcards: (
+            BASE_MODEL
+            if wildcards.run == "base"
+            else f"{OUT}/runs/{wildcards.run}/model"
+        ),
+        base=BASE_MODEL,
+        data=rules.family.output.test,
+    output:
+        result=f"{OUT}/evaluations/{{run}}/result.json",
+        harness=f"{OUT}/evaluations/{{run}}/lm_eval.json",
+    log:
+        f"{LOGS}/evaluate-{{run}}.log",
+    wildcard_constraints:
+        run=one_of(["base", *runs_of("finetune")]),
+    conda:
+        "../envs/misa.yaml"
+    threads: THREADS
+    resources:
+        gpu=config["gpus"],
+    params:
+        args=lookup("evaluate/finetuned", within=config),
+        data=subpath(input.data, parent=True),
+        folder=subpath(output.result, parent=True),
+    message:
+        "scores of {wildcards.run}"
+    shell:
+        "python -m misa.evaluate --offline --model_name_or_path {input.model} --data_dir {params.data} {params.args}"
+        " --run {wildcards.run} --output_dir {params.folder} > {log} 2>&1"
+
+
+rule memory:
+    input:
+        model=BASE_MODEL,
+    output:
+        result=f"{OUT}/memory/result.json",
+        table=f"{OUT}/memory/memory.csv",
+    log:
+        f"{LOGS}/memory.log",
+    benchmark:
+        f"{OUT}/benchmarks/memory.tsv"
+    conda:
+        "../envs/misa.yaml"
+    threads: THREADS
+    params:
+        args=lookup("memory/args", within=config),
+        folder=subpath(output.result, parent=True),
+    message:
+        "memory of one training step of each method"
+    shell:
+        "python -m misa.memory --model_name_or_path {input.model} {params.args} --output_dir {params.folder}"
+        " > {log} 2>&1"
+
+
+rule variance:
+    input:
+        models=expand(f"{OUT}/runs/{{run}}/model", run=config["variance"]["runs"]),
+        data=rules.corpus.output.train,
+    output:
+        result=f"{OUT}/variance/result.json",
+        variance=f"{OUT}/variance/variance.csv",
+        norms=f"{OUT}/variance/gradient_norms.csv",
+    log:
+        f"{LOGS}/variance.log",
+    benchmark:
+        f"{OUT}/benchmarks/variance.tsv"
+    conda:
+        "../envs/misa.yaml"
+    threads: THREADS
+    params:
+        args=lookup("variance/args", within=config),
+        data=subpath(input.data, parent=True),
+        folder=subpath(output.result, parent=True),
+    message:
+        "variance of the gradient under each way of drawing blocks"
+    shell:
+        "python -m misa.dynamics variance --model {input.models} --dataset_path {params.data} {params.args}"
+        " --output_dir {params.folder} > {log} 2>&1"
+
+
+rule collect:
+    input:
+        runs=expand(f"{OUT}/runs/{{run}}/result.json", run=RUNS["run"]),
+        curves=expand(f"{OUT}/runs/{{run}}/curves.csv", run=RUNS["run"]),
+        scores=expand(
+            f"{OUT}/evaluations/{{run}}/result.json", run=["base", *RUNS["run"]]
+        ),
+        memory=rules.memory.output.result,
+        memory_table=rules.memory.output.table,
+        variance=rules.variance.output.result,
+        variance_tables=[rules.variance.output.variance, rules.variance.output.norms],
+    output:
+        tables=expand(f"{OUT}/tables/{{table}}.csv", table=ALL_TABLES),
+        manifest=f"{OUT}/tables/MANIFEST.json",
+    log:
+        f"{LOGS}/collect.log",
+    conda:
+        "../envs/misa.yaml"
+    params:
+        folder=subpath(output.manifest, parent=True),
+    message:
+        "tidy tables from all result files"
+    shell:
+        "python -m misa.results collect {input.runs} {input.scores} {input.memory} {input.variance}"
+        " --output_dir {params.folder} > {log} 2>&1"

@@ -1,0 +1,70 @@
+# One row of the sheet is one run is one folder. Checkpoints lie in a folder that no rule declares, so that a run that
+# was killed goes on from there instead of losing them together with its outputs.
+
+
+rule pretrain:
+    input:
+        corpus=rules.corpus.output.digest,
+        train=rules.corpus.output.train,
+        validation=rules.corpus.output.validation,
+    output:
+        result=f"{OUT}/runs/{{run}}/result.json",
+        curves=f"{OUT}/runs/{{run}}/curves.csv",
+        model=directory(f"{OUT}/runs/{{run}}/model"),
+    log:
+        f"{LOGS}/{{run}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/{{run}}.tsv"
+    wildcard_constraints:
+        run=one_of(runs_of("pretrain")),
+    conda:
+        "../envs/misa.yaml"
+    threads: THREADS
+    resources:
+        gpu=config["gpus"],
+    params:
+        args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
+        shared=lookup("pretrain/args", within=config),
+        data=subpath(input.corpus, parent=True),
+        folder=subpath(output.result, parent=True),
+        scratch=f"{SCRATCH}/{{run}}",
+    message:
+        "pre-training {wildcards.run} (progress: {log})"
+    shell:
+        "python -m misa.pretrain --dataset_path {params.data} {params.shared} {params.args} --run {wildcards.run}"
+        " --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir > {log} 2>&1"
+
+
+rule finetune:
+    input:
+        model=BASE_MODEL,
+        train=rules.family.output.train,
+        test=rules.family.output.test,
+        digest=rules.family.output.digest,
+    output:
+        result=f"{OUT}/runs/{{run}}/result.json",
+        curves=f"{OUT}/runs/{{run}}/curves.csv",
+        model=directory(f"{OUT}/runs/{{run}}/model"),
+    log:
+        f"{LOGS}/{{run}}.log",
+    benchmark:
+        f"{OUT}/benchmarks/{{run}}.tsv"
+    wildcard_constraints:
+        run=one_of(runs_of("finetune")),
+    conda:
+        "../envs/misa.yaml"
+    threads: THREADS
+    resources:
+        gpu=config["gpus"],
+    params:
+        args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
+        shared=lookup("finetune/args", within=config),
+        data=subpath(input.digest, parent=True),
+        folder=subpath(output.result, parent=True),
+        scratch=f"{SCRATCH}/{{run}}",
+    message:
+        "fine-tuning {wildcards.run} (progress: {log})"
+    shell:
+        "python -m misa.train --model_name_or_path {input.model} --dataset_path {params.data} {params.shared}"
+        " {params.args} --run {wildcards.run} --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir"
+        " > {log} 2>&1"
