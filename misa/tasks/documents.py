@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
 from misa.data.instruction import read_instructions, record_prompt
 from misa.data.records import read_records, require_split
+
+# The answers of the family-relations questions.
+RELATIONS = frozenset(
+    [
+        "mother",
+        "father",
+        "sister",
+        "brother",
+        "daughter",
+        "son",
+        "wife",
+        "husband",
+        "grandmother",
+        "grandfather",
+        "aunt",
+        "uncle",
+        "niece",
+        "nephew",
+        "mother-in-law",
+        "father-in-law",
+    ]
+)
 
 
 def load_test(data_dir: str, **_: Any) -> dict[str, Any]:
@@ -56,6 +79,26 @@ def normalise(text: str) -> str:
     return lines[0].lower().strip(string.punctuation + string.whitespace) if lines else ""
 
 
-def score_word(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """Score one response: 1 if it equals the answer after normalising, else 0."""
-    return {"exact_match": float(normalise(results[0]) == normalise(doc["answer"]))}
+def first_relation(text: str) -> str:
+    """Return the first word of a text that names a family relation, or "" if there is none."""
+    words = re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower())
+    return next((word for word in words if word in RELATIONS), "")
+
+
+def score_relation(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Score one response to a family-relations question.
+
+    Args:
+        doc: The document, with its `answer`.
+        results: The response.
+
+    Returns:
+        exact_match: 1 if the first line is the answer and nothing else, as the question asks for.
+        relation_match: 1 if the first relation that the response names is the answer. A model that was never taught
+            to answer in one word can score here.
+    """
+    answer = normalise(doc["answer"])
+    return {
+        "exact_match": float(normalise(results[0]) == answer),
+        "relation_match": float(first_relation(results[0]) == answer),
+    }

@@ -5,23 +5,31 @@ from __future__ import annotations
 import pytest
 
 from misa.evaluation.scoring import flat_metrics, merge_harness, task_names
-from misa.tasks.documents import normalise, score_word
+from misa.tasks.documents import RELATIONS, normalise, score_relation
 
 
 @pytest.mark.parametrize(
-    ("response", "answer", "score"),
+    ("response", "answer", "exact", "relation"),
     [
-        ("mother", "mother", 1.0),
-        ("\n Mother.\nBecause she is.", "mother", 1.0),
-        ('"mother-in-law"', "mother-in-law", 1.0),
-        ("mother-in-law", "mother", 0.0),
-        ("grandmother", "mother", 0.0),
-        ("The answer is mother", "mother", 0.0),
-        ("", "mother", 0.0),
+        ("mother", "mother", 1.0, 1.0),
+        ("\n Mother.\nBecause she is.", "mother", 1.0, 1.0),
+        ('"mother-in-law"', "mother-in-law", 1.0, 1.0),
+        ("mother-in-law", "mother", 0.0, 0.0),
+        ("grandmother", "mother", 0.0, 0.0),
+        ("The answer is mother", "mother", 0.0, 1.0),
+        ("The father or the mother", "mother", 0.0, 0.0),
+        ("Anna is Ben's mother, not his aunt.", "mother", 0.0, 1.0),
+        ("", "mother", 0.0, 0.0),
     ],
 )
-def test_first_line_must_equal_the_answer(response: str, answer: str, score: float) -> None:
-    assert score_word({"answer": answer}, [response]) == {"exact_match": score}
+def test_response_is_scored_strictly_and_by_the_relation_it_names(response, answer, exact, relation) -> None:
+    assert score_relation({"answer": answer}, [response]) == {"exact_match": exact, "relation_match": relation}
+
+
+def test_relations_are_those_of_the_generator() -> None:
+    from reasoning_gym.graphs.family_relationships import Relationship
+
+    assert {relation.value for relation in Relationship} == RELATIONS
 
 
 def test_normalise_keeps_inner_punctuation() -> None:
