@@ -37,6 +37,7 @@ rule all:
 
 onstart:
     hold_lock()
+    end_orphans()
 
 
 onsuccess:

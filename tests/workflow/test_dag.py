@@ -6,6 +6,9 @@ import csv
 import fcntl
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -164,6 +167,29 @@ def test_second_run_beside_the_first_is_refused(snakemake, tmp_path: Path, tiny:
     assert done.returncode != 0
     assert "another snakemake is running" in done.stdout
     assert not (tmp_path / "results" / "tiny" / "data" / "family" / "digest.json").exists()
+
+
+def test_job_left_over_from_a_killed_run_is_ended(snakemake, tmp_path: Path, tiny: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    left_over = []
+    for folder, words in (
+        (here, ("misa.train", "results/tiny/runs/finetune-misa")),
+        (here, ("misa.train", "results/laptop/runs/finetune-misa")),
+        (elsewhere, ("misa.train", "results/tiny/runs/finetune-misa")),
+    ):
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", "import time; time.sleep(100)", "-m", *words]
+        left_over.append(subprocess.Popen(command, cwd=folder))
+    try:
+        done = snakemake("family", "--cores", "1", "--configfile", tiny, folder=here)
+        assert done.returncode == 0, done.stdout
+        assert left_over[0].wait(timeout=10) == -signal.SIGKILL
+        assert f"ending process {left_over[0].pid}," in done.stdout
+        assert [process.poll() for process in left_over[1:]] == [None, None]
+    finally:
+        for process in left_over:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize("scale", [*SCALES, "tiny"])

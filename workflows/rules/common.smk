@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
@@ -109,6 +110,25 @@ def hold_lock():
         raise WorkflowError(
             "another snakemake is running in this folder; wait until it has finished"
         ) from None
+
+
+def end_orphans():
+    """End jobs of an earlier run whose snakemake was killed: they would write beside the same job started again.
+
+    Nothing else can own them, since this run holds the lock; a run that was trained goes on from its checkpoint.
+    """
+    folder = str(Path.cwd())
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        words = process.info["cmdline"] or []
+        is_job = any(word.startswith("misa.") for word in words)
+        is_ours = any(f"{OUT}/" in word for word in words)
+        if process.info["cwd"] == folder and is_job and is_ours:
+            print(
+                f"ending process {process.pid}, left over from a run that was killed",
+                file=sys.stderr,
+            )
+            process.kill()
+            psutil.wait_procs([process], timeout=5)
 
 
 def write_report(targets):
