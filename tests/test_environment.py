@@ -71,6 +71,16 @@ def test_environment_has_no_packages_of_its_own(project: dict, environment: dict
     assert pip_lines(environment) == ["-c constraints.txt", "-e .[all]"]
 
 
+def test_rules_name_the_same_environment(repository: Path, environment: dict) -> None:
+    rules = yaml.safe_load((repository / "workflows" / "envs" / "misa.yaml").read_text())
+    assert rules["channels"] == environment["channels"]
+    (named,) = [entry for entry in rules["dependencies"] if isinstance(entry, dict)]
+    # Two folders below the root, where snakemake, too, puts its copy.
+    assert [line.replace("../../", "") for line in named["pip"]] == pip_lines(environment)
+    plain = [[entry for entry in one["dependencies"] if isinstance(entry, str)] for one in (rules, environment)]
+    assert plain[0] == plain[1]
+
+
 def test_installed_versions_are_the_pinned_ones(pins: dict[str, str]) -> None:
     installed = {canonicalize_name(one.name): one.version.partition("+")[0] for one in distributions()}
     wrong = {name: (installed[name], pin) for name, pin in pins.items() if installed.get(name, pin) != pin}

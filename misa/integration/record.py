@@ -4,45 +4,65 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from misa.optimizer.engine import BlockCoordinateOptimizer
 
 
 class RoundRecord:
     """A JSONL file that a resumed run continues without gaps or repeats.
+
+    Lines of rounds that are done again (after a resume, or by a new run over an old file) are dropped when the first
+    of them is written.
 
     Args:
         path: File to write; its folder is created.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._continued = False
+        self._path = Path(path)
+        self._next = -1  # the round that follows the last line, or -1 if the file has not been looked at
+        self._path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a round; `line["round"]` is its number."""
-        if not self._continued:
-            self._truncate(line["round"])
-            self._continued = True
-        with self.path.open("a", encoding="utf-8") as file:
+    def append(self, optimizer: BlockCoordinateOptimizer, measured: Tensor) -> None:
+        """Write the round that ends now.
+
+        Args:
+            optimizer: Just before it draws again.
+            measured: What the round measured of every block, shape `[B]`.
+        """
+        line = {
+            "round": optimizer.round,
+            "steps": optimizer._step_in_round,
+            "active": list(optimizer.active),
+            "probabilities": optimizer.probabilities,
+            "scores": optimizer.scores,
+            "measured": {optimizer.blocks[i].name: float(measured[i]) for i in optimizer._active},
+            "lr": [float(group["lr"]) for group in optimizer.param_groups],
+            "bytes": optimizer.state_bytes(),
+            "skipped_steps": optimizer.num_skipped_steps,
+        }
+        if optimizer.round != self._next:
+            self._keep_before(optimizer.round)
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._next = optimizer.round + 1
 
-    def rewind(self) -> None:
-        """Say that the run was set back to an earlier round: the next `append` drops what it repeats."""
-        self._continued = False
-
-    def _truncate(self, num_rounds: int) -> None:
-        """Drop the lines of rounds that a resumed run will do again, and a last line cut short by a kill."""
-        if not self.path.exists():
+    def _keep_before(self, num_rounds: int) -> None:
+        """Drop lines from this round on, and a last line cut short by a kill."""
+        if not self._path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self._path.read_text(encoding="utf-8").splitlines():
             try:
                 number = json.loads(line)["round"]
             except json.JSONDecodeError:
                 continue
             if number < num_rounds:
                 kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
+        temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        temporary.replace(self._path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -167,6 +168,12 @@ def set_trainable(p: nn.Parameter, on: bool) -> None:
     """Switch a parameter on or off, leaving the mark `is_frozen_by_us` reads."""
     p.requires_grad_(on)
     p._misa_frozen = not on  # type: ignore[attr-defined]
+
+
+def least_budget(numel: int, total: int) -> float:
+    """Share of `total` that holds `numel`, rounded up to three digits so that it is enough when typed."""
+    scale = 10.0 ** (2 - math.floor(math.log10(numel / total)))
+    return float(f"{math.ceil(numel / total * scale) / scale:.6g}")
 
 
 def _owner(name: str) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from misa.integration.checkpointing import prepare_before_first_forward, restore_prefix
+from misa.inner import partial_norms
+from misa.integration.first_forward import FirstForward
 from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
 from misa.optimizer import importance, state
 from misa.optimizer.active import ActiveSet, Entry, moved
-from misa.optimizer.blocks import Block, named_parameters, partition, rest, set_trainable
+from misa.optimizer.blocks import Block, least_budget, named_parameters, partition, rest, set_trainable, trainable
 from misa.optimizer.sampling import BlockSampler
 from misa.optimizer.settings import Settings
 
@@ -64,38 +66,37 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         source: nn.Module | list[tuple[str, nn.Parameter]] = model or named_parameters(
             pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])
         )
+        if model is not None:
+            refuse_unsupported(model)
         self.blocks: tuple[Block, ...] = partition(source, settings.granularity, settings.include, settings.exclude)
         others = rest(source, self.blocks)
         always = [pair for kind in settings.always_on for pair in others[kind]]
+        trained = [pair for b in self.blocks for pair in b.params] + always
         if model is not None:
-            refuse_unsupported(model)
-            trained = [pair for b in self.blocks for pair in b.params] + always
             groups = [{"params": [x for x in trained if x[1].ndim >= 2]}]
             if thin := [x for x in trained if x[1].ndim < 2]:
                 groups.append({"params": thin, "weight_decay": 0.0})
-        self._all = [(name, p, p.requires_grad) for name, p in named_parameters(source)]
+        self._owned = [p for _, p in trainable(named_parameters(source))]  # what the caller had not frozen
         self._block_of = {p: i for i, b in enumerate(self.blocks) for _, p in b.params}
+        self._off = set(self._owned) - {p for _, p in trained}  # frozen for good
         self._entries: dict[nn.Parameter, Entry] = {}
-        self._frozen = {p for _, p, _ in self._all} - set(self._block_of) - {p for _, p in always}
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for _, p, _ in self._all))
+        self._check_dtypes()
+        self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
         self._record = None if settings.record is None else RoundRecord(settings.record)
-        self._round = 0
-        self._step_in_round = 0
+        self._round = self._num_steps = self._step_in_round = 0
         self._scores = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._counts = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._rounding = torch.Generator().manual_seed(settings.seed)
         self._num_skipped: Tensor | int = 0
         self._probe: dict[int, list[Tensor]] = {}
         self._probe_handles: list[Any] = []
-        self._active: tuple[int, ...] = ()
-        for _, p, _ in self._all:
+        for p in self._owned:
             set_trainable(p, False)
-        self._on = ActiveSet((), (), settings, self.param_groups, self.state, self._rounding)
+        self._on = self._active_set((), ())
         self._draw()
         self._model = None if model is None else weakref.ref(model)
-        if model is not None:
-            prepare_before_first_forward(model)
+        self._first_forward = None if model is None else FirstForward(model)
 
     # ---- what users read -------------------------------------------------------------------------------------------
 
@@ -131,7 +132,11 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         return sum(e.param.numel() for e in self._on.entries)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes held by the optimizer: `master`, `moments`, and on the CPU `residual` and `kept` state."""
+        """Bytes held by the optimizer: `master`, `moments`, and on the CPU `residual` and `kept` state.
+
+        Not counted: scalars such as step counters, and, for low-precision weights, a workspace of at most 1 MiB (64 MiB
+        on a GPU).
+        """
         return state.state_bytes(self)
 
     # ---- torch.optim.Optimizer -------------------------------------------------------------------------------------
@@ -142,11 +147,13 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         number = len(self.param_groups) - 1
         params = self.param_groups[-1]["params"]
         names = self.param_groups[-1].get("param_names") or [f"group{number}.{i}" for i in range(len(params))]
-        for name, p in zip(names, params, strict=True):
-            if p not in self._frozen:
-                self._entries[p] = Entry(name, p, number, self._block_of.get(p, -1))
+        added = [(name, p) for name, p in trainable(zip(names, params, strict=True)) if p not in self._off]
+        self._entries |= {p: Entry(name, p, number, self._block_of.get(p, -1)) for name, p in added}
         if hasattr(self, "_on"):
+            before = self._on
+            self._owned += [p for _, p in added]
             self._switch_to(self._active)
+            self._on.sums, self._on.num_good = before.sums, before.num_good
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -172,6 +179,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         overflow = None if found is None else torch.as_tensor(found)
         good = self._on.step(entries, getattr(self, "grad_scale", None), overflow)
         self._num_skipped = self._num_skipped + ~good
+        self._num_steps += 1
         self._step_in_round += 1
         if self._step_in_round >= self._round_length:
             self._end_round()
@@ -201,47 +209,51 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Continue from a `state_dict` of an optimizer over the same model.
 
         Raises:
-            ValueError: if names, shapes or the order of blocks differ; the message says how.
+            ValueError: if names, shapes, types or the order of blocks differ; the message says how.
         """
+        state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         state.unpack(self, state_dict)
-        if self._record is not None:
-            self._record.rewind()
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
     def release(self) -> None:
-        """Free all state and leave `requires_grad` of every parameter as it was found."""
+        """Free all state and leave `requires_grad` of every parameter, and the model's checkpointing, as found."""
         self._stop_probe()
         self._on.detach()
-        self._on = ActiveSet((), (), self.settings, self.param_groups, self.state, self._rounding)
+        self._on = self._active_set((), ())
         for e in self._entries.values():
             e.drop_state(keep_residual=False)
             e.residual = e.param.grad = None
-        for _, p, found in self._all:
+        for p in self._owned:
             set_trainable(p, True)
-            p.requires_grad_(found)
-        if self._model is not None and (model := self._model()) is not None:
-            restore_prefix(model)
+        if self._model is not None and self._first_forward is not None and (model := self._model()) is not None:
+            self._first_forward.undo(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: hooks are made anew."""
-        values = {k: v for k, v in self.__dict__.items() if k not in ("_on", "_model", "_probe", "_probe_handles")}
-        return values | {"_packed": state.pack(self)}
+        """For pickle and deepcopy; as in torch, hooks stay behind, and so does a scheduler's wrapper of `step`."""
+        left = ("step", "_on", "_model", "_first_forward", "_probe", "_probe_handles", "found_inf", "grad_scale")
+        values = {k: v for k, v in self.__dict__.items() if k not in left and not k.endswith("_hooks")}
+        return values | {"_packed": state.pack(self), "state": defaultdict(dict)}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         """Restore, and attach to the (copied) parameters."""
         packed = values.pop("_packed", None)
         super().__setstate__(values)
         if packed is not None:
-            self._model, self._probe, self._probe_handles = None, {}, []
-            self.state.clear()
-            self._on = ActiveSet((), (), self.settings, self.param_groups, self.state, self._rounding)
+            self._model = self._first_forward = None
+            self._probe, self._probe_handles = {}, []
+            for p in self._owned:
+                set_trainable(p, False)
+            self._on = self._active_set((), ())
             state.unpack(self, packed)
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
+
+    def _active_set(self, entries: Iterable[Entry], active: tuple[int, ...]) -> ActiveSet:
+        return ActiveSet(tuple(entries), active, self.settings, self.param_groups, self.state, self._rounding)
 
     def _draw(self) -> None:
         """Draw the blocks of the next round and switch them on."""
@@ -249,25 +261,25 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         scores = importance.read(self._scores, self._counts, s.score)
         eta = importance.auto_eta(scores, s.effective_share) if s.eta == "auto" else float(s.eta)
         self._log_p = importance.log_probabilities(scores, eta, s.score.clip)
-        self._round_length = 1 if self._sampler.in_first_pass else s.interval
-        self._switch_to(self._sampler.draw(self._log_p))
+        drawn = self._sampler.draw(self._log_p)
+        # A first pass over never-used blocks may end anywhere; the round after it ends at a multiple of the interval.
+        since = self._num_steps % s.interval if s.first_pass else 0
+        self._round_length = 1 if self._sampler.in_first_pass else s.interval - since
+        self._switch_to(drawn)
 
     def _switch_to(self, active: tuple[int, ...]) -> None:
         """Make the parameters of these blocks, and the always-on ones, the trainable ones."""
         self._stop_probe()
         self._on.detach()
-        before = self._on.entries
         self._active = active
         on = [self._entries[p] for i in active for _, p in self.blocks[i].params if p in self._entries]
         on += [e for e in self._entries.values() if e.block < 0]
-        staying = set(on)
-        for e in before:
-            if e not in staying:
-                set_trainable(e.param, False)
-                e.param.grad = None
+        for e in set(self._on.entries) - set(on):
+            set_trainable(e.param, False)
+            e.param.grad = None
         for e in on:
             set_trainable(e.param, True)
-        self._on = ActiveSet(on, active, self.settings, self.param_groups, self.state, self._rounding)
+        self._on = self._active_set(on, active)
         self._start_probe_if_due()
 
     def _end_round(self) -> None:
@@ -276,16 +288,19 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         measured, seen = self._measured()
         self._scores, self._counts = importance.update(self._scores, self._counts, measured, seen, self.settings.score)
         if self._record is not None:
-            self._record.append(self._line(measured))
-        before = [e for e in self._on.entries if e.block >= 0]
+            self._record.append(self, measured)
+        if self._first_forward is not None:
+            self._first_forward.warn_if_compiled(len(self.blocks))
+        before = self._on.entries
         self._round += 1
         self._step_in_round = 0
         self._draw()
         policy = self.settings.state_policy
         for e in before:
-            if policy == "reset" or (policy == "drop" and e.block not in self._active):
+            stays = e.block < 0 or e.block in self._active
+            if policy == "reset" or (policy == "drop" and not stays):
                 e.drop_state(keep_residual=self.settings.residual == "cpu")
-            elif policy == "cpu" and e.block not in self._active:
+            elif policy == "cpu" and not stays:
                 e.saved = None if e.saved is None else moved(e.saved, "cpu")
                 e.master = None if e.master is None else e.master.cpu()
 
@@ -293,30 +308,16 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """The round's mean of what is scored, for every block, and which blocks were measured."""
         rule = self.settings.score
         measured = torch.full((len(self.blocks),), float("nan"), dtype=torch.float64)
-        if self.settings.order == "importance" or self._record is not None:
-            for i, mean in zip(self._active, self._on.means() or (), strict=False):
-                measured[i] = mean
+        if (means := self._on.means()) is not None:
+            measured[list(self._active)] = torch.tensor(means, dtype=torch.float64)
         for i, norms in self._probe.items():
             if norms:
-                total = float(torch.stack(norms).double().square().sum())
-                measured[i] = total if rule.squared else total**0.5
+                norm = torch.cat(norms).double().norm() * self._on.unscale
+                measured[i] = norm**2 if rule.squared else norm
         if rule.per_parameter:
             measured /= torch.tensor([b.numel for b in self.blocks], dtype=torch.float64)
         seen = torch.isfinite(measured)
         return measured.nan_to_num(0, 0, 0), seen
-
-    def _line(self, measured: Tensor) -> dict[str, Any]:
-        return {
-            "round": self._round,
-            "steps": self._step_in_round,
-            "active": list(self.active),
-            "probabilities": self.probabilities,
-            "scores": self.scores,
-            "measured": {self.blocks[i].name: float(measured[i]) for i in self._active},
-            "lr": [float(g["lr"]) for g in self.param_groups],
-            "bytes": self.state_bytes(),
-            "skipped_steps": self.num_skipped_steps,
-        }
 
     # ---- the fresh-score pass --------------------------------------------------------------------------------------
 
@@ -330,8 +331,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if not every or (self._round + 1) % every or self._step_in_round != self._round_length - 1:
             return
         for i in set(range(len(self.blocks))) - set(self._active):
-            norms: list[Tensor] = []
-            self._probe[i] = norms
+            norms = self._probe[i] = []
             for _, p in self.blocks[i].params:
                 set_trainable(p, True)
                 self._probe_handles.append(p.register_post_accumulate_grad_hook(_reduce_to_norm(norms)))
@@ -344,11 +344,17 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
                 set_trainable(p, False)
         self._probe, self._probe_handles = {}, []
 
+    def _check_dtypes(self) -> None:
+        """Formats without a master copy need a type that stochastic rounding knows."""
+        found = {e.param.dtype for e in self._entries.values()} - {torch.bfloat16, torch.float32}
+        if self.settings.state_format in ("fp32", "bf16") and found:
+            raise ValueError(f"state_format={self.settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
+
 
 def _reduce_to_norm(norms: list[Tensor]) -> Callable[[Tensor], None]:
     def reduce(p: Tensor) -> None:
         if p.grad is not None:
-            norms.append(torch.linalg.vector_norm(p.grad, dtype=torch.float32))
+            norms.append(partial_norms(p.grad))
             p.grad = None
 
     return reduce
@@ -357,12 +363,12 @@ def _reduce_to_norm(norms: list[Tensor]) -> Callable[[Tensor], None]:
 def _make_sampler(blocks: tuple[Block, ...], s: Settings, total: int) -> BlockSampler:
     """The sampler of these settings; a budget too small for any block raises, one too small for some warns."""
     numels = [b.numel for b in blocks]
-    max_numel = None if s.budget is None else int(s.budget * total + 1e-6)
-    if max_numel is not None and s.order != "all" and min(numels) > max_numel:
+    max_numel = None if s.budget is None or s.order == "all" else int(s.budget * total + 1e-6)
+    if max_numel is not None and min(numels) > max_numel:
         smallest = min(blocks, key=lambda b: b.numel)
         raise ValueError(
             f"budget={s.budget}: no block fits into {max_numel} of {total} parameters; the smallest, "
-            f"{smallest.name}, needs budget >= {smallest.numel / total:.3g}"
+            f"{smallest.name}, needs budget >= {least_budget(smallest.numel, total)}"
         )
     sampler = BlockSampler(
         numels,
@@ -378,7 +384,7 @@ def _make_sampler(blocks: tuple[Block, ...], s: Settings, total: int) -> BlockSa
         warnings.warn(
             f"budget={s.budget}: {len(names)} of {len(numels)} blocks are larger than the whole budget and will never "
             f"be trained ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
-            f"budget={max(numels) / total:.3g} would admit all",
+            f"budget={least_budget(max(numels), total)} would admit all",
             stacklevel=4,
         )
     return sampler

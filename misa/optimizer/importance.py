@@ -22,6 +22,7 @@ class ScoreRule:
         correction: `"exact"` divides the average by 1 - beta^n for n updates when it is read; `"none"` leaves it
             (Algorithm 1 states no correction); `"compounding"` stores the divided value, as the authors' code does.
         clip: Upper bound on eta * score in the exponent (the authors' `G_clip`), or None.
+        per_interval: Divide a round's sum by the interval even if the round was shorter (the authors' code).
     """
 
     beta: float = 0.8
@@ -29,6 +30,7 @@ class ScoreRule:
     per_parameter: bool = True
     correction: str = "exact"
     clip: float | None = None
+    per_interval: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -41,7 +43,7 @@ class ScoreRule:
 
 
 PAPER_RULE = ScoreRule(correction="none")
-OFFICIAL_RULE = ScoreRule(squared=False, per_parameter=False, correction="compounding", clip=5.0)
+OFFICIAL_RULE = ScoreRule(squared=False, per_parameter=False, correction="compounding", clip=5.0, per_interval=True)
 
 
 def update(scores: Tensor, counts: Tensor, measured: Tensor, seen: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:

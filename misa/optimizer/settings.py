@@ -43,7 +43,7 @@ class Settings:
         probe_every: Every so many rounds, the last step of the round measures the gradient norm of all blocks;
             0 never. Costs a full backward pass and, at its peak, one block's gradient of memory.
         state_policy: What becomes of moments and master copies at a switch: `"drop"` frees what goes off, `"reset"`
-            starts every round afresh, also for a block drawn twice in a row (Algorithm 1), `"cpu"` moves them to main
+            starts every round afresh, also for what stays on (Algorithm 1), `"cpu"` moves them to main
             memory until the block is drawn again, `"keep"` leaves them where they are.
         state_format: For bf16 and fp16 weights: `"master"`, fp32 master copy and moments of what is active; `"fp32"`,
             fp32 moments and no master (stochastic rounding); `"bf16"`, bf16 moments and no master (stochastic

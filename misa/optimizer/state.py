@@ -14,15 +14,14 @@ FORMAT = 1
 
 
 def state_bytes(optimizer: BlockCoordinateOptimizer) -> dict[str, int]:
-    """Bytes by category: `master`, `moments` (all inner state but step counters), `residual`, `kept`."""
+    """Bytes by category: `master`, `moments` (all inner state but scalars), `residual`, `kept`."""
     found = {"master": 0, "moments": 0, "residual": 0, "kept": 0}
     on = {id(e) for e in optimizer._on.entries}
     for e in optimizer._entries.values():
-        saved = sum(_bytes(v) for k, v in (e.saved or {}).items() if k != "step")
+        saved = sum(map(_bytes, (e.saved or {}).values()))
         if id(e) in on:
-            inner = optimizer.state.get(e.param, {})
             found["master"] += _bytes(e.master)
-            found["moments"] += sum(_bytes(v) for k, v in inner.items() if k != "step") or saved
+            found["moments"] += saved + sum(map(_bytes, optimizer.state.get(e.param, {}).values()))
         else:
             found["kept"] += saved + _bytes(e.master)
         found["residual"] += _bytes(e.residual)
@@ -30,7 +29,7 @@ def state_bytes(optimizer: BlockCoordinateOptimizer) -> dict[str, int]:
 
 
 def _bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+    return value.numel() * value.element_size() if isinstance(value, Tensor) and value.ndim else 0
 
 
 def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
@@ -57,6 +56,7 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
             "blocks": _layout(optimizer),
             "round": optimizer._round,
             "step_in_round": optimizer._step_in_round,
+            "num_steps": optimizer._num_steps,
             "round_length": optimizer._round_length,
             "active": list(optimizer._active),
             "scores": optimizer._scores.clone(),
@@ -72,7 +72,10 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
 
 
 def _layout(optimizer: BlockCoordinateOptimizer) -> list[list[Any]]:
-    return [[b.name, [[n, list(p.shape)] for n, p in b.params]] for b in optimizer.blocks]
+    """Every block's parameters with shape and type, and the always-on ones as a block without a name."""
+    groups = [(b.name, b.params) for b in optimizer.blocks]
+    groups.append(("", tuple((e.name, e.param) for e in optimizer._entries.values() if e.block < 0)))
+    return [[name, [[n, list(p.shape), str(p.dtype)] for n, p in params]] for name, params in groups]
 
 
 def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
@@ -88,7 +91,7 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
         group.update({k: v for k, v in values.items() if k != "params"})
     optimizer._round = held["round"]
     optimizer._step_in_round = held["step_in_round"]
-    optimizer._round_length = held["round_length"]
+    optimizer._num_steps, optimizer._round_length = held["num_steps"], held["round_length"]
     optimizer._scores, optimizer._counts = held["scores"].cpu().clone(), held["counts"].cpu().clone()
     optimizer._log_p = held["log_p"].cpu().clone()
     optimizer._sampler.load_state_dict(held["sampler"])
@@ -105,8 +108,6 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
         e.saved = _copied(values, device) if values else None
         e.version = -1  # so that the first step checks the master against the weight
         e.norm = None
-        if e.master is not None and e.master.shape != e.param.shape:
-            raise ValueError(f"state_dict: {e.name} has shape {list(e.master.shape)}, the model {list(e.param.shape)}")
     sums = held["sums"]
     if sums is not None:
         optimizer._on.sums = sums.clone().to(optimizer._on.entries[0].param.device)
@@ -126,7 +127,7 @@ def _check_layout(saved: list[list[Any]], own: list[list[Any]]) -> None:
     if added := [n for n in now if n not in before]:
         parts.append(f"{len(added)} blocks are new in this model: {', '.join(added[:3])}")
     changed = [n for n in before if n in now and before[n] != now[n]]
-    parts.extend(f"block {name} was {before[name]} and is {now[name]}" for name in changed[:3])
+    parts.extend(f"{name or 'always on'} was {before[name]} and is {now[name]}" for name in changed[:3])
     if not parts:
         moved = next(a[0] for a, b in zip(saved, own, strict=True) if a[0] != b[0])
         parts.append(f"the blocks are the same but in another order, first at {moved}")

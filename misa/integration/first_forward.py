@@ -1,0 +1,100 @@
+"""What is known only when a model runs for the first time: activation checkpointing and `torch.compile`.
+
+A Trainer turns both on after it has made the optimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class FirstForward:
+    """Looks at a model just before its first forward pass, and remembers what it changed.
+
+    Args:
+        model: The model an optimizer works on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.compiled = ""  # "model" or "layers"
+        self._has_warned = False
+        self._handle = model.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        """The forward pre-hook. Traced by `torch.compile` it only leaves a note, so that no graph breaks."""
+        if torch.compiler.is_compiling():
+            self.compiled = "model"
+            return
+        self._handle.remove()
+        if any(
+            getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in module.modules()
+        ):
+            self.compiled = "layers"
+        skip_frozen_prefix(module)
+
+    def warn_if_compiled(self, num_blocks: int) -> None:
+        """Say once, at the end of the first round, what switching blocks means for compiled code.
+
+        Args:
+            num_blocks: Blocks of the model; compiled layers make about one graph for each.
+        """
+        config = sys.modules.get("torch._dynamo.config")
+        limit = min(getattr(config, name, 0) for name in ("recompile_limit", "accumulated_recompile_limit"))
+        if not self.compiled or self._has_warned or limit >= num_blocks * (2 if self.compiled == "model" else 1):
+            return
+        self._has_warned = True
+        one_by_one = "compile the repeated layers one by one (`for layer in layers: layer.compile()`), so that a graph "
+        one_by_one += "depends on the active blocks of one layer alone, and "
+        warnings.warn(
+            "torch.compile makes a new graph for every set of trainable parameters, and blocks switch every round: "
+            f"gradients stay right, but after {limit} graphs the code runs uncompiled. To stay compiled, "
+            f"{one_by_one if self.compiled == 'model' else ''}set recompile_limit and accumulated_recompile_limit of "
+            f"torch._dynamo.config to about {2 * num_blocks}, or use longer rounds",
+            stacklevel=5,
+        )
+
+    def undo(self, model: nn.Module) -> None:
+        """Remove the hook if it is still there, and undo `skip_frozen_prefix`."""
+        self._handle.remove()
+        restore_prefix(model)
+
+
+def skip_frozen_prefix(model: nn.Module) -> None:
+    """Let a checkpointed transformers model skip its frozen prefix in the backward pass.
+
+    transformers makes the embedding output require a gradient whenever checkpointing is on, so that every layer is
+    recomputed and differentiated, frozen or not. Without that mark, and with non-reentrant checkpointing, autograd
+    starts at the lowest active layer. A model without activation checkpointing is left alone.
+
+    Args:
+        model: Any module.
+    """
+    checkpointed = "_gradient_checkpointing_func"
+    if not any(checkpointed in m.__dict__ and getattr(m, "gradient_checkpointing", True) for m in model.modules()):
+        return
+    for module in model.modules():
+        function = module.__dict__.get(checkpointed)
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
+            # Reentrant checkpointing drops every gradient when no input of the layer requires one.
+            keywords = {**function.keywords, "use_reentrant": False}
+            module.__dict__[checkpointed] = functools.partial(function.func, *function.args, **keywords)
+            module.__dict__["_misa_reentrant"] = function
+        # Not the model's own disable_input_require_grads(): that also initializes and ties weights again.
+        for hook in module.__dict__.get("_require_grads_hooks", ()):
+            hook.remove()
+            module.__dict__["_misa_skips_prefix"] = True
+
+
+def restore_prefix(model: nn.Module) -> None:
+    """Undo `skip_frozen_prefix`: as it was marked and checkpointed before."""
+    for module in model.modules():
+        if (function := module.__dict__.pop("_misa_reentrant", None)) is not None:
+            module.__dict__["_gradient_checkpointing_func"] = function
+        if module.__dict__.pop("_misa_skips_prefix", False):
+            module.enable_input_require_grads()  # type: ignore[operator]

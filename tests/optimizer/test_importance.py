@@ -1,0 +1,133 @@
+"""Scores and probabilities."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from misa.optimizer import importance
+from misa.optimizer.importance import OFFICIAL_RULE, PAPER_RULE, ScoreRule
+
+scores = st.lists(st.floats(0, 1e3), min_size=1, max_size=12).map(lambda x: torch.tensor(x, dtype=torch.float64))
+etas = st.floats(1e-6, 1e4)
+
+
+@given(scores, etas)
+def test_probabilities_sum_to_one(s, eta):
+    p = importance.probabilities(s, eta)
+    assert p.sum().item() == pytest.approx(1)
+    assert (p >= 0).all()
+
+
+@given(scores, st.floats(1e-3, 10), st.integers(0, 10**6))
+def test_probabilities_maximise_the_stated_objective(s, eta, seed):
+    """The softmax maximises sum_b p_b s_b - KL(p || uniform) / eta."""
+
+    def objective(p):
+        kl = (p * (p * len(p)).clamp(min=1e-300).log()).sum()
+        return (p * s).sum() - kl / eta
+
+    generator = torch.Generator().manual_seed(seed)
+    best = objective(importance.probabilities(s, eta))
+    for _ in range(5):
+        other = torch.rand(len(s), generator=generator, dtype=torch.float64) ** 3 + 1e-12
+        assert objective(other / other.sum()) <= best + 1e-9 * (1 + best.abs())
+
+
+@given(scores, etas, st.floats(0, 100))
+def test_probabilities_do_not_change_when_all_scores_shift(s, eta, shift):
+    torch.testing.assert_close(
+        importance.probabilities(s, eta), importance.probabilities(s + shift, eta), rtol=1e-6, atol=1e-8 * (1 + eta)
+    )
+
+
+def test_eta_zero_is_uniform():
+    assert importance.probabilities(torch.tensor([1.0, 5.0, 9.0, 0.0]), 0.0).tolist() == [0.25] * 4
+
+
+def test_large_eta_is_greedy():
+    p = importance.probabilities(torch.tensor([1.0, 1.1, 0.9]), 1e6)
+    assert p.tolist() == [0, 1, 0]
+
+
+def test_clip_bounds_the_exponent():
+    p = importance.probabilities(torch.tensor([0.0, 100.0]), 1.0, clip=5.0)
+    assert (p[1] / p[0]).item() == pytest.approx(math.exp(5))
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=30, unique=True), st.floats(0.3, 0.95), st.floats(1e-8, 1e8))
+@settings(deadline=None)
+def test_auto_eta_reaches_the_wanted_effective_number_at_every_scale(values, share, scale):
+    s = torch.tensor(values, dtype=torch.float64)
+    if float(s.max() - s.min()) < 1e-3:
+        return
+    s = s * scale
+    reached = importance.effective_number(importance.probabilities(s, "auto", share=share))
+    top = int((s >= s.max() * (1 - 1e-9)).sum())
+    assert reached == pytest.approx(max(share * len(values), top), rel=1e-3)
+
+
+def test_auto_eta_of_equal_scores_is_zero():
+    assert importance.auto_eta(torch.ones(5)) == 0
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5])
+def test_auto_eta_share_out_of_range_raises(share):
+    with pytest.raises(ValueError, match="share"):
+        importance.auto_eta(torch.ones(3), share)
+
+
+def averaged(rule, values):
+    """Score of one block after each of these measurements, and what it is read as."""
+    score, count, out = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), []
+    for value in values:
+        measured = torch.tensor([value], dtype=torch.float64)
+        score, count = importance.update(score, count, measured, torch.tensor([True]), rule)
+        out.append(importance.read(score, count, rule).item())
+    return out
+
+
+def test_exact_correction_reports_a_constant_as_itself():
+    assert averaged(ScoreRule(), [3.0] * 6) == pytest.approx([3.0] * 6)
+
+
+def test_exact_correction_of_the_plain_norm_reports_the_square_of_a_constant():
+    assert averaged(ScoreRule(squared=False), [3.0] * 4) == pytest.approx([9.0] * 4)
+
+
+def test_paper_rule_is_the_plain_moving_average_of_line_17():
+    assert averaged(PAPER_RULE, [1.0, 2.0, 4.0]) == pytest.approx([0.2, 0.56, 1.248])
+
+
+def test_official_rule_compounds_its_bias_correction():
+    """The authors' code divides in place: a constant norm of 1 is reported as about 10 at the 7th update."""
+    norms = [x**0.5 for x in averaged(OFFICIAL_RULE, [1.0] * 7)]
+    expected, g = [], 0.0
+    for n in range(1, 8):
+        g = (0.2 + 0.8 * g) / (1 - 0.8**n)
+        expected.append(g)
+    assert norms == pytest.approx(expected)
+    assert 9 < norms[-1] < 11
+
+
+def test_blocks_that_were_not_seen_keep_their_score():
+    before, counts = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+    after, counts = importance.update(before, counts, torch.tensor([5.0, 7.0]), torch.tensor([False, True]), PAPER_RULE)
+    assert after[0] == 1
+    assert after[1] == pytest.approx(3)
+    assert counts.tolist() == [1, 2]
+
+
+def test_block_never_measured_counts_as_an_average_one():
+    rule = ScoreRule(beta=0.0)
+    assert importance.read(torch.tensor([2.0, 0.0, 4.0]), torch.tensor([1.0, 0.0, 1.0]), rule).tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("beta", 1.0), ("beta", -0.1), ("correction", "some"), ("clip", 0.0), ("clip", -1.0)]
+)
+def test_score_rule_out_of_range_raises_naming_the_field(field, value):
+    with pytest.raises(ValueError, match=f"{field}="):
+        ScoreRule(**{field: value})
