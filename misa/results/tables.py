@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SCORE_TABLES = {"scores": "finetune", "pretraining": "pretrain"}
 BASE_METHOD = "none"
 #: Metrics worth showing, most telling first. A task with none of them shows the first that it has.
-SHOWN_METRICS = ("exact_match", "acc_norm", "acc", "bits_per_byte", "perplexity")
+SHOWN_METRICS = ("exact_match", "relation_match", "acc_norm", "acc", "bits_per_byte", "perplexity")
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "ppl")
 
 
