@@ -98,7 +98,8 @@ def describe(
     Raises:
         ValueError: as `misa.optimizer.partition` does.
     """
-    from misa.optimizer.blocks import named_parameters, partition, rest, trainable
+    from misa.optimizer.blocks import partition, rest
+    from misa.parameters import named_parameters, trainable
 
     blocks = partition(model, granularity, include, exclude)
     total = sum(p.numel() for _, p in trainable(named_parameters(model)))

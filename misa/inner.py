@@ -2,62 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from misa.optimizer.settings import Settings
+
 CHUNK_NUMEL = {"cpu": 1 << 18}  # gradients widened at a time: 1 MiB of fp32 stays in a core's cache
+ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 OTHER_CHUNK_NUMEL = 1 << 24  # on an accelerator: few kernel launches
 
 
-def partial_norms(grad: Tensor) -> Tensor:
-    """Numbers whose Euclidean norm is that of a gradient, of shape `[N]`, found without widening it.
-
-    On a CPU these are the norms of its rows: the norm of a whole tensor runs on one thread there and first makes an
-    fp32 copy. fp16 is widened all the same, because the norm of a row may exceed its range.
-    """
-    norms: Tensor
-    if grad.ndim >= 2 and grad.is_cpu and grad.dtype != torch.float16:
-        norms = torch.linalg.vector_norm(grad, dim=-1)
-    else:
-        norms = torch.linalg.vector_norm(grad, dtype=torch.float32)
-    return norms if norms.ndim == 1 else norms.reshape(-1)
-
-
-def squared_norms(partial: Sequence[Tensor], lengths: Tensor) -> Tensor:
-    """Squared norms of consecutive groups of gradients, fp32.
+def make_inner(
+    settings: Settings,
+    groups: list[dict[str, Any]],
+    weights: dict[Tensor, Tensor],
+    generator: torch.Generator,
+) -> Any:
+    """The inner optimizer of a round, as the settings ask.
 
     Args:
-        partial: `partial_norms` of every gradient.
-        lengths: How many numbers of `partial`, joined, belong to each group, shape `[G]`.
-
-    Returns:
-        Shape `[G]`, on the device of `lengths`.
+        settings: Read for `inner`, `inner_kwargs` and `state_format`.
+        groups: Parameter groups of what it updates.
+        weights: The low-precision weight of every master among them.
+        generator: Of stochastic rounding.
     """
-    if len({x.device for x in partial}) > 1:
-        partial = [x.to(lengths.device) for x in partial]
-    joined = torch.cat(list(partial)).float()
-    # Sums one after the other: scattered ones have no fixed order on a GPU.
-    sums: Tensor = torch.segment_reduce(joined.square_(), "sum", lengths=lengths, unsafe=True)
-    return sums
+    if settings.inner is not None:
+        return settings.inner(groups, **settings.inner_kwargs)
+    if settings.state_format == "master":
+        return FusedAdamW(groups, weights=weights)
+    moments = torch.float32 if settings.state_format == "fp32" else torch.bfloat16
+    return RoundedAdamW(groups, generator=generator, moments_dtype=moments)
 
 
-class FusedAdamW(torch.optim.AdamW):
+def make_master(weight: Tensor, residual: Tensor | None, edited: bool) -> Tensor:
+    """fp32 copy of a weight, with the residual that `cut_residual` kept of an earlier one.
+
+    Where the weight was edited meanwhile, its residual means nothing.
+    """
+    master = weight.float()
+    if residual is None:
+        return master
+    if not edited:
+        return master.add_(residual.to(weight.device))
+    finer = master + residual.to(weight.device)
+    return torch.where(finer.to(weight.dtype) == weight, finer, master)
+
+
+def cut_residual(master: Tensor, weight: Tensor) -> Tensor:
+    """What the weight cannot hold of its master, as bf16 on the CPU; the master is used up.
+
+    Cut, not rounded: rounded up, half a spacing of the weight would belong to its neighbour.
+    """
+    beyond = master.sub_(weight)
+    beyond.view(torch.int32).bitwise_and_(-65536)
+    return beyond.to(torch.bfloat16).cpu()
+
+
+def follow_weight(master: Tensor, weight: Tensor) -> None:
+    """Take a weight over into its master where it is no longer what the master rounds to."""
+    master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
+
+
+class FusedAdamW:
     """torch's fused AdamW for a fixed set of tensors, with fp32 master copies of those that need them.
 
     The kernel, the state and the result are those of `torch.optim.AdamW(fused=True)`, bit for bit, without the
     bookkeeping around it: lists are built once, because the active set does not change within a round, and gradients
-    of lower precision are widened piece by piece in one small workspace, so that they never exist as a whole. A tensor
-    without a gradient is left out of a step.
+    of lower precision are widened piece by piece in one small workspace, which has memory during the step alone. A
+    tensor without a gradient is left out of a step.
 
     Args:
         params: Groups of parameters: weights, or fp32 masters of weights.
         weights: The low-precision weight of each master: its gradient is read and the result written to it.
-        workspace: Buffers by device; pass one dictionary to several optimizers to share them.
-        **defaults: As for `torch.optim.AdamW`.
+        **defaults: `lr`, `betas`, `eps` and `weight_decay` of groups that have none of their own.
     """
 
     def __init__(
@@ -65,17 +88,17 @@ class FusedAdamW(torch.optim.AdamW):
         params: Iterable[Any],
         *,
         weights: dict[Tensor, Tensor] | None = None,
-        workspace: dict[torch.device, Tensor] | None = None,
         **defaults: Any,
     ) -> None:
-        super().__init__(params, fused=True, **defaults)
+        given = list(params)
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        self.param_groups: list[dict[str, Any]] = [{**ADAM, **defaults, **group} for group in groups]
+        self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self._weights = weights or {}
-        self._workspace = {} if workspace is None else workspace
         self._all = [p for group in self.param_groups for p in group["params"]]
         self._sources = [self._weights.get(p, p) for p in self._all]
         self._plan: _Plan | None = None
 
-    @torch.no_grad()
     def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient.
 
@@ -90,13 +113,17 @@ class FusedAdamW(torch.optim.AdamW):
             plan = self._plan
         for counters in plan.counters:
             counters.add_(1.0 if found_inf is None else 1.0 - found_inf.to(counters.device))
+        for room in plan.rooms:
+            room.untyped_storage().resize_(room.numel() * room.element_size())
         for batch in plan.batches:
             batch.step(found_inf, grad_scale)
+        plan.free_rooms()
 
     def _make_plan(self) -> tuple[_Plan, bool]:
         """What a step does with the tensors that have a gradient, and whether that is all of them."""
         with_grad = [p for p, weight in zip(self._all, self._sources, strict=True) if weight.grad is not None]
         batches: list[_Batch] = []
+        rooms = {device: self._make_room(device) for device in dict.fromkeys(p.device for p in self._weights)}
         for group in self.param_groups:
             batch: _Batch | None = None
             for p in group["params"]:
@@ -107,10 +134,10 @@ class FusedAdamW(torch.optim.AdamW):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                     state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                     state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                room = None if weight is p else self._room(p.device)
+                room = None if weight is p or not weight.is_contiguous() else rooms[p.device]
                 for part in _parts(weight, room):
-                    if batch is None or not batch.admits(p, room, part):
-                        batch = _Batch(group, p, room)
+                    if batch is None or not batch.admits(p, weight is p, room, part):
+                        batch = _Batch(group, p, weight is p, room)
                         batches.append(batch)
                     batch.add(p, state, weight, part)
         # One tensor counts the steps of a device: its elements are the counters of the parameters.
@@ -122,21 +149,20 @@ class FusedAdamW(torch.optim.AdamW):
                 self.state[p]["step"] = step
         for batch in batches:
             batch.steps = [self.state[p]["step"] for p in batch.params]
-        return _Plan(batches, counters), len(with_grad) == len(self._all)
+        plan = _Plan(batches, counters, list(rooms.values()))
+        plan.free_rooms()
+        return plan, len(with_grad) == len(self._all)
 
-    def _room(self, device: torch.device) -> Tensor:
+    def _make_room(self, device: torch.device) -> Tensor:
         """The workspace of a device, at most one chunk and no larger than needed."""
         needed = sum(p.numel() for p in self._weights if p.device == device)
         length = min(needed, CHUNK_NUMEL.get(device.type, OTHER_CHUNK_NUMEL))
-        room = self._workspace.get(device)
-        if room is None or room.numel() < length:
-            room = self._workspace[device] = torch.empty(length, dtype=torch.float32, device=device)
-        return room
+        return torch.empty(length, dtype=torch.float32, device=device)
 
 
 def _parts(weight: Tensor, room: Tensor | None) -> list[slice | None]:
     """Slices of a flattened tensor that fit into the workspace; None for a tensor taken as it is."""
-    if room is None or not weight.is_contiguous() or weight.numel() <= room.numel():
+    if room is None or weight.numel() <= room.numel():
         return [None]
     return [slice(a, min(a + room.numel(), weight.numel())) for a in range(0, weight.numel(), room.numel())]
 
@@ -147,10 +173,15 @@ def _cut(tensor: Tensor, part: slice | None) -> Tensor:
 
 @dataclass
 class _Plan:
-    """One step: kernel calls, and the counters to advance before them."""
+    """One step: kernel calls, the counters to advance before them, and the workspaces, whose views they keep."""
 
     batches: list[_Batch]
     counters: list[Tensor]
+    rooms: list[Tensor]
+
+    def free_rooms(self) -> None:
+        for room in self.rooms:
+            room.untyped_storage().resize_(0)
 
 
 @dataclass
@@ -159,7 +190,8 @@ class _Batch:
 
     group: dict[str, Any]
     like: Tensor
-    room: Tensor | None  # where gradients are widened; None for weights that the kernel updates directly
+    direct: bool  # the kernel updates the weights themselves
+    room: Tensor | None  # where gradients are widened; None if they need not be, or are not contiguous
     used: int = 0
     params: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
@@ -170,9 +202,10 @@ class _Batch:
     wide: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
 
-    def admits(self, p: Tensor, room: Tensor | None, part: slice | None) -> bool:
-        same = (p.device, p.dtype, room is None) == (self.like.device, self.like.dtype, self.room is None)
-        return same and (room is None or self.used + _length(p, part) <= room.numel())
+    def admits(self, p: Tensor, direct: bool, room: Tensor | None, part: slice | None) -> bool:
+        kind = (self.like.device, self.like.dtype, self.direct, self.room is None)
+        fits = room is None or self.used + _length(p, part) <= room.numel()
+        return fits and kind == (p.device, p.dtype, direct, room is None)
 
     def add(self, p: Tensor, state: dict[str, Tensor], weight: Tensor, part: slice | None) -> None:
         self.params.append(p)
@@ -180,14 +213,12 @@ class _Batch:
         self.exp_avgs.append(_cut(state["exp_avg"], part))
         self.exp_avg_sqs.append(_cut(state["exp_avg_sq"], part))
         self.sources.append((weight, part))
-        if self.room is not None:
+        if not self.direct:
             self.weights.append(_cut(weight.detach(), part))
-            if weight.is_contiguous():
-                end = self.used + _length(p, part)
-                self.wide.append(self.room[self.used : end].view_as(self.targets[-1]))
-                self.used = end
-            else:
-                self.wide.append(torch.empty_like(p))
+        if self.room is not None:
+            end = self.used + _length(p, part)
+            self.wide.append(self.room[self.used : end].view_as(self.targets[-1]))
+            self.used = end
 
     def step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         grads: list[Any] = [
@@ -196,6 +227,8 @@ class _Batch:
         if self.wide:
             torch._foreach_copy_(self.wide, grads)
             grads = self.wide
+        elif not self.direct:
+            grads = [torch.empty_like(t).copy_(g) for t, g in zip(self.targets, grads, strict=True)]
         lists = (self.targets, grads, self.exp_avgs, self.exp_avg_sqs, self.steps)
         fused_adamw(*lists, self.group, found_inf, grad_scale)
         if self.weights:

@@ -7,8 +7,6 @@ every member parameter carries a number in its dotted name, whatever the contain
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,10 +14,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from misa.parameters import NamedParameter, Patterns, kind_by_name, kinds, named_parameters, owner, trainable
+
 GRANULARITIES = ("matrix", "half", "layer")
 REST_KINDS = ("embeddings", "head", "norms", "other")
-
-NamedParameter = tuple[str, nn.Parameter]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +94,11 @@ def partition(
     named = trainable(named_parameters(model))
     layout = _layout(named)
     grouped: dict[tuple[str, str], list[NamedParameter]] = {}
-    selected = _Selector(include, exclude)
+    selected = Patterns(include, exclude)
     for name, p in named:
         place = layout.places.get(name)
         if place is None:
-            key = (_owner(name), _owner(name)) if _owner(name) in layout.num_matrices else None
+            key = (owner(name), owner(name)) if owner(name) in layout.num_matrices else None
             wanted = key is not None and selected.included_by_name(name, key[0])
         else:
             key = _block_key(name, p, place, granularity, layout)
@@ -120,54 +118,14 @@ def partition(
 
 
 def rest(model: nn.Module | Iterable[NamedParameter], blocks: Sequence[Block]) -> dict[str, tuple[NamedParameter, ...]]:
-    """Trainable parameters in no block, by kind: `embeddings`, `head`, `norms`, `other`.
-
-    Args:
-        model: What `partition` was called with.
-        blocks: What it returned.
-
-    Returns:
-        Every kind of `REST_KINDS` with its parameters; a tied head is listed with the embeddings.
-    """
+    """Trainable parameters in no block, by kind (all of `REST_KINDS`); a tied head is listed with the embeddings."""
     taken = {name for b in blocks for name, _ in b.params}
-    kinds = _kinds(model) if isinstance(model, nn.Module) else {}
+    by_module = kinds(model) if isinstance(model, nn.Module) else {}
     found: dict[str, list[NamedParameter]] = {kind: [] for kind in REST_KINDS}
     for name, p in trainable(named_parameters(model)):
         if name not in taken:
-            found[kinds.get(_owner(name)) or _kind_by_name(name, p)].append((name, p))
+            found[by_module.get(owner(name)) or kind_by_name(name, p)].append((name, p))
     return {kind: tuple(params) for kind, params in found.items()}
-
-
-def named_parameters(model: nn.Module | Iterable[NamedParameter]) -> list[NamedParameter]:
-    """`(name, parameter)` pairs with tied parameters once; a list of pairs passes through the same way."""
-    if isinstance(model, nn.Module):
-        return list(model.named_parameters())
-    seen: dict[int, NamedParameter] = {}
-    for item in model:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise ValueError(f"parameters must be given with their names, as (name, parameter) pairs; got {type(item)}")
-        seen.setdefault(id(item[1]), item)
-    return list(seen.values())
-
-
-def trainable(named: Iterable[NamedParameter]) -> list[NamedParameter]:
-    """Parameters that can be trained: floating point, and not frozen by the caller.
-
-    What an optimizer of this package froze carries a mark, so that a second optimizer over the same model sees the
-    model as its owner left it.
-    """
-    return [(n, p) for n, p in named if p.is_floating_point() and (p.requires_grad or is_frozen_by_us(p))]
-
-
-def is_frozen_by_us(p: nn.Parameter) -> bool:
-    """Whether an optimizer of this package, and not the caller, switched the parameter off."""
-    return bool(getattr(p, "_misa_frozen", False))
-
-
-def set_trainable(p: nn.Parameter, on: bool) -> None:
-    """Switch a parameter on or off, leaving the mark `is_frozen_by_us` reads."""
-    p.requires_grad_(on)
-    p._misa_frozen = not on  # type: ignore[attr-defined]
 
 
 def least_budget(numel: int, total: int) -> float:
@@ -176,17 +134,13 @@ def least_budget(numel: int, total: int) -> float:
     return float(f"{math.ceil(numel / total * scale) / scale:.6g}")
 
 
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0] or name
-
-
 def _layout(named: Sequence[NamedParameter]) -> _Layout:
     places = _places(named)
     num_matrices: dict[str, int] = {}
     first_child: dict[str, str] = {}
     for name, p in named:
         if p.ndim >= 2:
-            num_matrices[_owner(name)] = num_matrices.get(_owner(name), 0) + 1
+            num_matrices[owner(name)] = num_matrices.get(owner(name), 0) + 1
             if name in places:
                 first_child.setdefault(places[name].layer, places[name].inside[0])
     return _Layout(places, num_matrices, first_child)
@@ -209,20 +163,17 @@ def _places(named: Sequence[NamedParameter]) -> dict[str, _Place]:
             flat[name] = place
             if len(place.inside) > 1:
                 deep[name] = place
-    stacks = {place.stack for name, place in deep.items()}
-    with_matrix = {deep[name].stack for name, p in named if name in deep and p.ndim >= 2}
-    if not with_matrix:
-        return flat
+    stacks = {deep[name].stack for name, p in named if name in deep and p.ndim >= 2}
     # A parameter registered on the layer itself (`layers.0.gamma`) belongs to the layer as well.
-    return {name: place for name, place in flat.items() if place.stack in stacks & with_matrix}
+    return {name: place for name, place in flat.items() if place.stack in stacks} or flat
 
 
 def _block_key(name: str, p: nn.Parameter, place: _Place, granularity: str, layout: _Layout) -> tuple[str, str] | None:
     """`(block name, layer name)` of a parameter inside a layer, or None if it is in no block."""
     if granularity == "layer":
         return place.layer, place.layer
-    owner = _owner(name)
-    num_matrices = layout.num_matrices.get(owner, 0)
+    module = owner(name)
+    num_matrices = layout.num_matrices.get(module, 0)
     if granularity == "half":
         if len(place.inside) <= 2 and not num_matrices:
             return None  # a norm of the layer itself
@@ -231,7 +182,7 @@ def _block_key(name: str, p: nn.Parameter, place: _Place, granularity: str, layo
     if not num_matrices:
         return None
     # Several matrices of one module (fused expert tensors) are one block each, named after themselves.
-    own = name if p.ndim >= 2 and num_matrices > 1 else owner
+    own = name if p.ndim >= 2 and num_matrices > 1 else module
     return own, place.layer
 
 
@@ -250,60 +201,3 @@ def _depths(named: Sequence[NamedParameter], places: dict[str, _Place]) -> Calla
         return (start[place.stack.rpartition(".")[0]], place.number, order[first])
 
     return key
-
-
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """Kind of every module that can own a parameter outside the blocks, by dotted path."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    kinds: dict[str, str] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            kinds[path] = "embeddings"
-        elif module is head:
-            kinds[path] = "head"
-        elif "norm" in type(module).__name__.lower():
-            kinds[path] = "norms"
-    return kinds
-
-
-def _kind_by_name(name: str, p: nn.Parameter) -> str:
-    """Kind of a parameter when only its name is known (or its module says nothing)."""
-    last = _owner(name).rpartition(".")[2].lower()
-    if "emb" in last or last in ("wte", "wpe"):
-        return "embeddings"
-    if "head" in last or last == "embed_out":
-        return "head"
-    return "norms" if p.ndim == 1 and ("norm" in last or last.startswith("ln")) else "other"
-
-
-class _Selector:
-    """Include and exclude patterns, and which of them have matched anything so far."""
-
-    def __init__(self, include: Sequence[str] | None, exclude: Sequence[str] | None) -> None:
-        for field, patterns in (("include", include), ("exclude", exclude)):
-            if isinstance(patterns, str):
-                raise ValueError(f"{field}={patterns!r}: must be a list of patterns, not one string")
-        self._include = tuple(include) if include is not None else None
-        self._exclude = tuple(exclude or ())
-        self._matched: set[str] = set()
-
-    def _matches(self, patterns: Sequence[str], *paths: str) -> bool:
-        hits = [pattern for pattern in patterns if any(fnmatch.fnmatchcase(path, pattern) for path in paths)]
-        self._matched.update(hits)
-        return bool(hits)
-
-    def wants(self, *paths: str) -> bool:
-        included = self._include is None or self._matches(self._include, *paths)
-        return not self._matches(self._exclude, *paths) and included
-
-    def included_by_name(self, *paths: str) -> bool:
-        return self._include is not None and self.wants(*paths)
-
-    def raise_unmatched(self, names: Sequence[str]) -> None:
-        for field, patterns in (("include", self._include or ()), ("exclude", self._exclude)):
-            for pattern in patterns:
-                if pattern not in self._matched:
-                    known = sorted({_owner(n) for n in names} | set(names))
-                    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
-                    raise ValueError(f"{field}: pattern {pattern!r} matches no parameter; nearest: {', '.join(near)}")

@@ -5,21 +5,22 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from misa.inner import partial_norms
+from misa.gradients import Probe
 from misa.integration.first_forward import FirstForward
 from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
 from misa.optimizer import importance, state
-from misa.optimizer.active import ActiveSet, Entry, moved
-from misa.optimizer.blocks import Block, least_budget, named_parameters, partition, rest, set_trainable, trainable
+from misa.optimizer.active import ActiveSet
+from misa.optimizer.blocks import Block, least_budget, partition, rest
 from misa.optimizer.sampling import BlockSampler
 from misa.optimizer.settings import Settings
+from misa.parameters import Entry, named_parameters, set_trainable, trainable
 
 
 class BlockCoordinateOptimizer(torch.optim.Optimizer):
@@ -63,9 +64,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self.settings = settings
         model = params if isinstance(params, nn.Module) else None
         groups: list[Any] = [] if isinstance(params, nn.Module) else list(params)
-        source: nn.Module | list[tuple[str, nn.Parameter]] = model or named_parameters(
-            pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])
-        )
+        source = model or [pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])]
         if model is not None:
             refuse_unsupported(model)
         self.blocks: tuple[Block, ...] = partition(source, settings.granularity, settings.include, settings.exclude)
@@ -81,19 +80,21 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._off = set(self._owned) - {p for _, p in trained}  # frozen for good
         self._entries: dict[nn.Parameter, Entry] = {}
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._check_dtypes()
+        found = {e.param.dtype for e in self._entries.values()} - {torch.bfloat16, torch.float32}
+        if settings.state_format in ("fp32", "bf16") and found:
+            raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
         self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
         self._record = None if settings.record is None else RoundRecord(settings.record)
         self._round = self._num_steps = self._step_in_round = 0
+        self._numels = torch.tensor([b.numel for b in self.blocks], dtype=torch.float64)
         self._scores = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._counts = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._rounding = torch.Generator().manual_seed(settings.seed)
-        self._num_skipped: Tensor | int = 0
-        self._probe: dict[int, list[Tensor]] = {}
-        self._probe_handles: list[Any] = []
+        self._num_good: Tensor | int = 0  # steps taken
+        self._probe = Probe()
         for p in self._owned:
             set_trainable(p, False)
-        self._on = self._active_set((), ())
+        self._on = self._active_set()
         self._draw()
         self._model = None if model is None else weakref.ref(model)
         self._first_forward = None if model is None else FirstForward(model)
@@ -124,7 +125,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     @property
     def num_skipped_steps(self) -> int:
         """Steps skipped because a gradient was NaN or infinite (reads the device)."""
-        return int(self._num_skipped)
+        return self._num_steps - int(self._num_good)
 
     @property
     def active_numel(self) -> int:
@@ -134,8 +135,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     def state_bytes(self) -> dict[str, int]:
         """Bytes held by the optimizer: `master`, `moments`, and on the CPU `residual` and `kept` state.
 
-        Not counted: scalars such as step counters, and, for low-precision weights, a workspace of at most 1 MiB (64 MiB
-        on a GPU).
+        Scalars such as step counters are not counted.
         """
         return state.state_bytes(self)
 
@@ -150,23 +150,17 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         added = [(name, p) for name, p in trainable(zip(names, params, strict=True)) if p not in self._off]
         self._entries |= {p: Entry(name, p, number, self._block_of.get(p, -1)) for name, p in added}
         if hasattr(self, "_on"):
-            before = self._on
+            norms = self._on.norms
             self._owned += [p for _, p in added]
             self._switch_to(self._active)
-            self._on.sums, self._on.num_good = before.sums, before.num_good
+            self._on.norms = norms
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One optimizer step on the active parameters; the last of a round draws the next blocks.
 
         A step without any gradient changes nothing and is not counted. A step with a NaN or infinite gradient changes
-        no weight and is counted in `num_skipped_steps`.
-
-        Args:
-            closure: Re-evaluates the model and returns the loss; optional.
-
-        Returns:
-            The closure's loss, or None.
+        no weight and is counted in `num_skipped_steps`. `closure` re-evaluates the model; its loss is returned.
         """
         loss = None
         if closure is not None:
@@ -178,7 +172,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         found = getattr(self, "found_inf", None)  # set by a GradScaler, with grad_scale unless it has unscaled
         overflow = None if found is None else torch.as_tensor(found)
         good = self._on.step(entries, getattr(self, "grad_scale", None), overflow)
-        self._num_skipped = self._num_skipped + ~good
+        self._num_good = self._num_good + good
         self._num_steps += 1
         self._step_in_round += 1
         if self._step_in_round >= self._round_length:
@@ -206,11 +200,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict` of an optimizer over the same model.
-
-        Raises:
-            ValueError: if names, shapes, types or the order of blocks differ; the message says how.
-        """
+        """Continue from a `state_dict`; a ValueError says how names, shapes, types or order of the model differ."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
@@ -223,7 +213,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Free all state and leave `requires_grad` of every parameter, and the model's checkpointing, as found."""
         self._stop_probe()
         self._on.detach()
-        self._on = self._active_set((), ())
+        self._on = self._active_set()
         for e in self._entries.values():
             e.drop_state(keep_residual=False)
             e.residual = e.param.grad = None
@@ -234,7 +224,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy; as in torch, hooks stay behind, and so does a scheduler's wrapper of `step`."""
-        left = ("step", "_on", "_model", "_first_forward", "_probe", "_probe_handles", "found_inf", "grad_scale")
+        left = ("step", "_on", "_model", "_first_forward", "_probe", "found_inf", "grad_scale")
         values = {k: v for k, v in self.__dict__.items() if k not in left and not k.endswith("_hooks")}
         return values | {"_packed": state.pack(self), "state": defaultdict(dict)}
 
@@ -244,16 +234,16 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         super().__setstate__(values)
         if packed is not None:
             self._model = self._first_forward = None
-            self._probe, self._probe_handles = {}, []
+            self._probe = Probe()
             for p in self._owned:
                 set_trainable(p, False)
-            self._on = self._active_set((), ())
+            self._on = self._active_set()
             state.unpack(self, packed)
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
-    def _active_set(self, entries: Iterable[Entry], active: tuple[int, ...]) -> ActiveSet:
-        return ActiveSet(tuple(entries), active, self.settings, self.param_groups, self.state, self._rounding)
+    def _active_set(self, entries: Sequence[Entry] = (), active: tuple[int, ...] = ()) -> ActiveSet:
+        return ActiveSet(entries, active, self.settings, self.param_groups, self.state, self._rounding)
 
     def _draw(self) -> None:
         """Draw the blocks of the next round and switch them on."""
@@ -301,90 +291,60 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             if policy == "reset" or (policy == "drop" and not stays):
                 e.drop_state(keep_residual=self.settings.residual == "cpu")
             elif policy == "cpu" and not stays:
-                e.saved = None if e.saved is None else moved(e.saved, "cpu")
-                e.master = None if e.master is None else e.master.cpu()
+                e.move_state("cpu")
 
     def _measured(self) -> tuple[Tensor, Tensor]:
         """The round's mean of what is scored, for every block, and which blocks were measured."""
         rule = self.settings.score
         measured = torch.full((len(self.blocks),), float("nan"), dtype=torch.float64)
-        if (means := self._on.means()) is not None:
-            measured[list(self._active)] = torch.tensor(means, dtype=torch.float64)
-        for i, norms in self._probe.items():
-            if norms:
-                norm = torch.cat(norms).double().norm() * self._on.unscale
-                measured[i] = norm**2 if rule.squared else norm
+        if num_good := int(self._on.norms.num_good):
+            num_steps = self.settings.interval if rule.per_interval else num_good
+            measured[list(self._active)] = torch.tensor(self._on.norms.read(), dtype=torch.float64) / num_steps
+        for i, square in self._probe.squares(self._on.unscale).items():
+            measured[i] = square if rule.squared else square**0.5
         if rule.per_parameter:
-            measured /= torch.tensor([b.numel for b in self.blocks], dtype=torch.float64)
+            measured /= self._numels
         seen = torch.isfinite(measured)
         return measured.nan_to_num(0, 0, 0), seen
 
-    # ---- the fresh-score pass --------------------------------------------------------------------------------------
-
     def _start_probe_if_due(self) -> None:
-        """For the last step of every so many rounds, switch all blocks on.
-
-        Gradients of inactive blocks become norms and are freed the moment they are ready, so the pass needs the memory
-        of one of them. Over several micro-batches the squared norms are added up.
-        """
+        """For the last step of every so many rounds, switch all blocks on; see `Probe`."""
         every = self.settings.probe_every
         if not every or (self._round + 1) % every or self._step_in_round != self._round_length - 1:
             return
         for i in set(range(len(self.blocks))) - set(self._active):
-            norms = self._probe[i] = []
-            for _, p in self.blocks[i].params:
+            params = [p for _, p in self.blocks[i].params]
+            for p in params:
                 set_trainable(p, True)
-                self._probe_handles.append(p.register_post_accumulate_grad_hook(_reduce_to_norm(norms)))
+            self._probe.watch(i, params)
 
     def _stop_probe(self) -> None:
-        for handle in self._probe_handles:
-            handle.remove()
-        for i in self._probe:
+        for i in self._probe.blocks:
             for _, p in self.blocks[i].params:
                 set_trainable(p, False)
-        self._probe, self._probe_handles = {}, []
-
-    def _check_dtypes(self) -> None:
-        """Formats without a master copy need a type that stochastic rounding knows."""
-        found = {e.param.dtype for e in self._entries.values()} - {torch.bfloat16, torch.float32}
-        if self.settings.state_format in ("fp32", "bf16") and found:
-            raise ValueError(f"state_format={self.settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
-
-
-def _reduce_to_norm(norms: list[Tensor]) -> Callable[[Tensor], None]:
-    def reduce(p: Tensor) -> None:
-        if p.grad is not None:
-            norms.append(partial_norms(p.grad))
-            p.grad = None
-
-    return reduce
+        self._probe.stop()
 
 
 def _make_sampler(blocks: tuple[Block, ...], s: Settings, total: int) -> BlockSampler:
     """The sampler of these settings; a budget too small for any block raises, one too small for some warns."""
     numels = [b.numel for b in blocks]
-    max_numel = None if s.budget is None or s.order == "all" else int(s.budget * total + 1e-6)
-    if max_numel is not None and min(numels) > max_numel:
+    limit = None if s.budget is None or s.order == "all" else int(s.budget * total + 1e-6)
+    sampler = BlockSampler(
+        numels, s.order, max_numel=limit, num_blocks=s.num_blocks, first_pass=s.first_pass, sample_last=s.sample_last,
+        seed=s.seed,
+    )  # fmt: skip
+    never = [blocks[i].name for i in sampler.never_fit]
+    if len(never) == len(blocks):
         smallest = min(blocks, key=lambda b: b.numel)
         raise ValueError(
-            f"budget={s.budget}: no block fits into {max_numel} of {total} parameters; the smallest, "
-            f"{smallest.name}, needs budget >= {least_budget(smallest.numel, total)}"
+            f"budget={s.budget}: no block fits into {limit} of {total} parameters; the smallest, {smallest.name}, "
+            f"needs budget >= {least_budget(smallest.numel, total)}"
         )
-    sampler = BlockSampler(
-        numels,
-        s.order,
-        max_numel=max_numel,
-        num_blocks=s.num_blocks,
-        first_pass=s.first_pass,
-        sample_last=s.sample_last,
-        seed=s.seed,
-    )
-    if sampler.never_fit:
-        names = [blocks[i].name for i in sampler.never_fit]
+    if never:
         warnings.warn(
-            f"budget={s.budget}: {len(names)} of {len(numels)} blocks are larger than the whole budget and will never "
-            f"be trained ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); "
+            f"budget={s.budget}: {len(never)} of {len(blocks)} blocks are larger than the whole budget and will never "
+            f"be trained ({', '.join(never[:3])}{', ...' if len(never) > 3 else ''}); "
             f"budget={least_budget(max(numels), total)} would admit all",
-            stacklevel=4,
+            stacklevel=5,
         )
     return sampler

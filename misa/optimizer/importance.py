@@ -1,4 +1,4 @@
-"""Importance scores and sampling probabilities: pure functions over one number per block."""
+"""Importance scores and sampling probabilities: pure functions over one number per block (tensors of shape `[B]`)."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ OFFICIAL_RULE = ScoreRule(squared=False, per_parameter=False, correction="compou
 
 
 def update(scores: Tensor, counts: Tensor, measured: Tensor, seen: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
-    """Moving average of what a round measured (Algorithm 1, line 17); blocks not seen keep their score.
+    """Moving average of what a round measured (Algorithm 1, line 17).
 
     Args:
-        scores: Stored scores, shape `[B]`, float64.
-        counts: Number of updates each block has had, shape `[B]`.
-        measured: This round's mean squared norm (or mean norm) of each block, shape `[B]`.
-        seen: Which blocks were measured, boolean, shape `[B]`.
+        scores: Stored scores, float64.
+        counts: Number of updates each block has had.
+        measured: This round's mean squared norm (or mean norm) of each block.
+        seen: Which blocks were measured, boolean; the others keep their score.
         rule: The score rule.
 
     Returns:
@@ -70,14 +70,6 @@ def read(scores: Tensor, counts: Tensor, rule: ScoreRule) -> Tensor:
     """Scores as the exponent uses them: bias corrected, and squared where the plain norm is tracked.
 
     A block that was never measured counts as an average one under exact correction, and as zero otherwise.
-
-    Args:
-        scores: Stored scores, shape `[B]`.
-        counts: Updates of each block, shape `[B]`.
-        rule: The score rule.
-
-    Returns:
-        Scores, shape `[B]`.
     """
     value = scores if rule.squared else scores**2
     if rule.correction != "exact":
@@ -91,18 +83,11 @@ def read(scores: Tensor, counts: Tensor, rule: ScoreRule) -> Tensor:
 
 
 def log_probabilities(scores: Tensor, eta: float, clip: float | None = None) -> Tensor:
-    """Logarithm of the sampling probabilities, log softmax(eta * scores).
+    """Logarithm of the sampling probabilities, log softmax(eta * scores), float64.
 
-    The softmax maximises sum_b p_b s_b - KL(p || uniform) / eta over all distributions p (paper, section on
-    importance sampling). In logarithms, so that a large eta stays greedy instead of underflowing.
-
-    Args:
-        scores: Shape `[B]`.
-        eta: Temperature, not negative; 0 is uniform.
-        clip: Upper bound on eta * score, or None.
-
-    Returns:
-        Log-probabilities, float64, shape `[B]`.
+    The softmax maximises sum_b p_b s_b - KL(p || uniform) / eta over all distributions p (paper, section on importance
+    sampling); eta = 0 is uniform. In logarithms, so that a large eta stays greedy instead of underflowing. `clip` is an
+    upper bound on eta * score.
     """
     exponent = eta * scores.double()
     if clip is not None:
@@ -111,7 +96,7 @@ def log_probabilities(scores: Tensor, eta: float, clip: float | None = None) -> 
 
 
 def probabilities(scores: Tensor, eta: float | str = 1.0, clip: float | None = None, share: float = 0.5) -> Tensor:
-    """Sampling probabilities softmax(eta * scores), shape `[B]`; `eta="auto"` as in `auto_eta`."""
+    """Sampling probabilities softmax(eta * scores); `eta="auto"` as in `auto_eta`."""
     value = auto_eta(scores, share) if eta == "auto" else float(eta)
     return log_probabilities(scores, value, clip).exp()
 
@@ -125,18 +110,8 @@ def auto_eta(scores: Tensor, share: float = 0.5) -> float:
     """The eta at which the effective number of blocks is `share` of all blocks.
 
     Scores differ by orders of magnitude between models, so that one eta is uniform on one and greedy on another; the
-    effective number means the same everywhere.
-
-    Args:
-        scores: Shape `[B]`.
-        share: Wanted effective number of blocks over B, in (0, 1]. 1 is uniform.
-
-    Returns:
-        eta; 0 if all scores are equal. If more than `share * B` blocks share the largest score, no eta reaches the
-        target and a large one is returned.
-
-    Raises:
-        ValueError: if `share` is not in (0, 1].
+    effective number means the same everywhere. Equal scores give 0. If more than `share` of the blocks have the largest
+    score, no eta reaches the target and a large one is returned. A `share` outside (0, 1] is a ValueError.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: must lie in (0, 1]")

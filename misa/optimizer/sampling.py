@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,13 +27,10 @@ class BlockSampler:
         numels: Elements of each block.
         order: One of `ORDERS`.
         max_numel: Most elements on at once, or None.
-        num_blocks: Most blocks on at once, or None.
+        num_blocks: Most blocks on at once, or None; a ValueError if there are fewer in all.
         first_pass: Take never-used blocks first, in their order, until all were used (the authors' code).
         sample_last: How many of the longest-idle blocks are forced in before the draw (the authors' code).
         seed: Seed of the generator.
-
-    Raises:
-        ValueError: if there are fewer blocks than `num_blocks`.
     """
 
     def __init__(
@@ -70,13 +68,9 @@ class BlockSampler:
         return self.first_pass and any(u < 0 for i, u in enumerate(self._last_used) if self._fits(i))
 
     def draw(self, log_p: Tensor) -> tuple[int, ...]:
-        """Blocks of the next round.
+        """Sorted indices of the next round's blocks, at least one.
 
-        Args:
-            log_p: Log-probabilities of all blocks, shape `[B]`; used by the order `"importance"` alone.
-
-        Returns:
-            Sorted indices, at least one.
+        `log_p`, the log-probabilities of all blocks, shape `[B]`, is used by the order `"importance"` alone.
         """
         chosen = self._draw_cyclic() if self.order in ("ascending", "descending", "shuffled") else self._draw(log_p)
         for i in chosen:
@@ -109,8 +103,9 @@ class BlockSampler:
         ranking: list[int] = torch.argsort(keys, descending=True).tolist()
         if self.in_first_pass:
             return self._fill([i for i, used in enumerate(self._last_used) if used < 0] + ranking)
-        idle = sorted((i for i in range(len(self._numels)) if self._fits(i)), key=lambda i: self._last_used[i])
-        return self._fill(ranking, self._fill(idle[: self.sample_last]))
+        fitting = (i for i in range(len(self._numels)) if self._fits(i))
+        idle = heapq.nsmallest(self.sample_last, fitting, key=self._last_used.__getitem__) if self.sample_last else ()
+        return self._fill(ranking, self._fill(idle))
 
     def _draw_cyclic(self) -> list[int]:
         """The next blocks of the cycle, in order; what does not fit any more waits for the next round."""
@@ -129,24 +124,17 @@ class BlockSampler:
 
     def _new_cycle(self) -> list[int]:
         indices = [i for i in range(len(self._numels)) if self._fits(i)]
-        if self.order == "descending":
-            return indices[::-1]
         if self.order == "shuffled":
             return [indices[i] for i in torch.randperm(len(indices), generator=self._generator).tolist()]
-        return indices
+        return indices[::-1] if self.order == "descending" else indices
 
     def state_dict(self) -> dict[str, Any]:
         """Generator and history, as tensors and numbers."""
-        return {
-            "generator": self._generator.get_state(),
-            "last_used": list(self._last_used),
-            "round": self._round,
-            "cycle": list(self._cycle),
-        }
+        history = {"last_used": list(self._last_used), "round": self._round, "cycle": list(self._cycle)}
+        return {"generator": self._generator.get_state(), **history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._generator.set_state(state["generator"].cpu())
-        self._last_used = list(state["last_used"])
+        self._last_used, self._cycle = list(state["last_used"]), list(state["cycle"])
         self._round = state["round"]
-        self._cycle = list(state["cycle"])

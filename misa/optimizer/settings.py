@@ -30,28 +30,28 @@ class Settings:
         exclude: Patterns of what is in no block.
         always_on: Parameters outside the blocks that are trained all the time, on top of the budget: any of
             `"embeddings"`, `"head"`, `"norms"`, `"other"`. Default: none, they are frozen.
-        order: `"importance"`, `"uniform"`, `"ascending"`, `"descending"`, `"shuffled"` or `"all"`.
-        budget: Largest share of all parameters that the drawn blocks may hold (the paper's delta), in (0, 1].
+        order: How blocks are drawn, one of `misa.optimizer.sampling.ORDERS`.
+        budget: Largest share of all parameters (those the caller has frozen apart) that the drawn blocks may hold, the
+            paper's delta, in (0, 1].
         num_blocks: Number of blocks drawn, instead of a budget.
         interval: Steps in a round (the paper's T).
         eta: Sharpness of the softmax over scores, not negative; 0 is uniform; `"auto"` keeps the effective number of
-            blocks at `effective_share` of all.
-        effective_share: Target of `eta="auto"`, in (0, 1]. Default 0.5.
+            blocks at `effective_share`, in (0, 1], of all.
         score: How gradient norms become scores.
         first_pass: Draw never-used blocks first, one step each, until all were used.
         sample_last: Longest-idle blocks forced into each draw.
         probe_every: Every so many rounds, the last step of the round measures the gradient norm of all blocks;
             0 never. Costs a full backward pass and, at its peak, one block's gradient of memory.
         state_policy: What becomes of moments and master copies at a switch: `"drop"` frees what goes off, `"reset"`
-            starts every round afresh, also for what stays on (Algorithm 1), `"cpu"` moves them to main
-            memory until the block is drawn again, `"keep"` leaves them where they are.
-        state_format: For bf16 and fp16 weights: `"master"`, fp32 master copy and moments of what is active; `"fp32"`,
-            fp32 moments and no master (stochastic rounding); `"bf16"`, bf16 moments and no master (stochastic
-            rounding); `"inner"`, no master, the inner optimizer works on the weights as they are.
+            starts every round afresh, also for what stays on (Algorithm 1), `"cpu"` moves them to main memory until the
+            block is drawn again, `"keep"` leaves them where they are.
+        state_format: For bf16 and fp16 weights: `"master"`, fp32 master copy and moments of what is active; `"fp32"`
+            and `"bf16"`, moments of that type, no master and stochastic rounding; `"inner"`, no master, the inner
+            optimizer works on the weights as they are.
         residual: What becomes of the part of a master copy that the weight cannot hold: `"cpu"` keeps it in main
             memory, 2 bytes a parameter ever used, so that short intervals lose no update; `"drop"` forgets it.
         step_in_backward: Apply and free each gradient as soon as it is ready. Needs one backward pass a step and no
-            clipping.
+            clipping, which would find no gradients and do nothing.
         inner: Class or factory of the inner optimizer, called with parameter groups and `inner_kwargs`; None is AdamW.
         inner_kwargs: Further arguments of `inner`.
         seed: Seed of the sampler's and the rounding's own generators.

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from misa.optimizer.engine import BlockCoordinateOptimizer
 
 FORMAT = 1
+NUMBERS = ("round", "step_in_round", "num_steps", "round_length")
+TENSORS = ("scores", "counts", "log_p")
 
 
 def state_bytes(optimizer: BlockCoordinateOptimizer) -> dict[str, int]:
@@ -29,6 +31,8 @@ def state_bytes(optimizer: BlockCoordinateOptimizer) -> dict[str, int]:
 
 
 def _bytes(value: Any) -> int:
+    if hasattr(value, "__tensor_flatten__"):  # a quantized moment: codes, scales, a table
+        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     return value.numel() * value.element_size() if isinstance(value, Tensor) and value.ndim else 0
 
 
@@ -36,10 +40,9 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
     """`state_dict` of an optimizer: see `BlockCoordinateOptimizer.state_dict`."""
     per_parameter: dict[str, dict[str, Any]] = {}
     for e in optimizer._entries.values():
-        inner = dict(optimizer.state.get(e.param) or e.saved or {})
+        inner = optimizer.state.get(e.param) or e.saved or {}
         extra = {"master": e.master, "residual": e.residual}
-        held = inner | {k: v.detach() for k, v in extra.items() if v is not None}
-        if held:
+        if held := {**inner, **{k: v.detach() for k, v in extra.items() if v is not None}}:
             per_parameter[e.name] = held
     name_of = {p: e.name for p, e in optimizer._entries.items()}
     groups = [
@@ -47,32 +50,23 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
         | {"params": [name_of[p] for p in g["params"] if p in name_of]}
         for g in optimizer.param_groups
     ]
-    sums = optimizer._on.sums
-    return {
-        "state": per_parameter,
-        "param_groups": groups,
-        "misa": {
-            "format": FORMAT,
-            "blocks": _layout(optimizer),
-            "round": optimizer._round,
-            "step_in_round": optimizer._step_in_round,
-            "num_steps": optimizer._num_steps,
-            "round_length": optimizer._round_length,
-            "active": list(optimizer._active),
-            "scores": optimizer._scores.clone(),
-            "counts": optimizer._counts.clone(),
-            "log_p": optimizer._log_p.clone(),
-            "sums": None if sums is None else sums.clone(),
-            "num_good": int(optimizer._on.num_good),
-            "num_skipped": int(optimizer._num_skipped),
-            "sampler": optimizer._sampler.state_dict(),
-            "rounding": optimizer._rounding.get_state(),
-        },
+    held_by_us = {
+        "format": FORMAT,
+        "blocks": _layout(optimizer),
+        **{name: getattr(optimizer, f"_{name}") for name in NUMBERS},
+        **{name: getattr(optimizer, f"_{name}").clone() for name in TENSORS},
+        "active": list(optimizer._active),
+        "sums": optimizer._on.norms.read(),
+        "num_good_in_round": int(optimizer._on.norms.num_good),
+        "num_good": int(optimizer._num_good),
+        "sampler": optimizer._sampler.state_dict(),
+        "rounding": optimizer._rounding.get_state(),
     }
+    return {"state": per_parameter, "param_groups": groups, "misa": held_by_us}
 
 
 def _layout(optimizer: BlockCoordinateOptimizer) -> list[list[Any]]:
-    """Every block's parameters with shape and type, and the always-on ones as a block without a name."""
+    """Parameters of every block with shape and type, and the always-on ones as a block without a name."""
     groups = [(b.name, b.params) for b in optimizer.blocks]
     groups.append(("", tuple((e.name, e.param) for e in optimizer._entries.values() if e.block < 0)))
     return [[name, [[n, list(p.shape), str(p.dtype)] for n, p in params]] for name, params in groups]
@@ -89,32 +83,28 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
         raise ValueError(f"state_dict: has {before} parameter groups, this optimizer {now}")
     for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({k: v for k, v in values.items() if k != "params"})
-    optimizer._round = held["round"]
-    optimizer._step_in_round = held["step_in_round"]
-    optimizer._num_steps, optimizer._round_length = held["num_steps"], held["round_length"]
-    optimizer._scores, optimizer._counts = held["scores"].cpu().clone(), held["counts"].cpu().clone()
-    optimizer._log_p = held["log_p"].cpu().clone()
+    for name in NUMBERS:
+        setattr(optimizer, f"_{name}", held[name])
+    for name in TENSORS:
+        setattr(optimizer, f"_{name}", held[name].cpu().clone())
     optimizer._sampler.load_state_dict(held["sampler"])
     optimizer._rounding.set_state(held["rounding"].cpu())
+    optimizer._num_good = held["num_good"]
     optimizer._switch_to(tuple(held["active"]))
-    optimizer._on.num_good, optimizer._num_skipped = held["num_good"], held["num_skipped"]
-    on = {id(e) for e in optimizer._on.entries}
+    on = dict.fromkeys(optimizer._on.entries)
+    optimizer._on.norms.write(held["sums"], held["num_good_in_round"], next(iter(on)).param.device)
     for e in optimizer._entries.values():
-        values = dict(saved["state"].get(e.name, {}))
-        device = e.param.device if id(e) in on else None
-        master, residual = values.pop("master", None), values.pop("residual", None)
-        e.master = None if master is None else master.detach().clone().to(device or master.device)
-        e.residual = None if residual is None else residual.detach().clone().cpu()
-        e.saved = _copied(values, device) if values else None
+        device = e.param.device if e in on else None
+        values = _copied(saved["state"].get(e.name, {}), device)
+        e.master, e.residual = values.pop("master", None), values.pop("residual", None)
+        e.residual = None if e.residual is None else e.residual.cpu()
+        e.saved = values or None
         e.version = -1  # so that the first step checks the master against the weight
         e.norm = None
-    sums = held["sums"]
-    if sums is not None:
-        optimizer._on.sums = sums.clone().to(optimizer._on.entries[0].param.device)
 
 
 def _copied(values: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
-    return {k: v.detach().clone().to(device or v.device) if isinstance(v, Tensor) else v for k, v in values.items()}
+    return {k: v.detach().to(device or v.device, copy=True) if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 def _check_layout(saved: list[list[Any]], own: list[list[Any]]) -> None:

@@ -9,7 +9,7 @@ from tiny import llama
 from torch import nn
 
 from misa.optimizer import MISA, partition, rest
-from misa.optimizer.blocks import trainable
+from misa.parameters import trainable
 
 SMALL = {
     "vocab_size": 64,

@@ -1,0 +1,334 @@
+"""Time of one optimizer step and of one switch: MISA, PyPI `badam` and torch's AdamW on the same tensors.
+
+Every contestant has its own copy of the weights, and all take turns inside one loop, so that whatever else the machine
+does hits them alike; a ratio is the median of the ratios of neighbouring calls. Run it on a quiet machine:
+
+    python benchmarks/optimizer_step.py
+
+Weights are bf16 and gradients are given, so that the optimizer alone is timed. `MISA + norms` adds the measurement of
+gradient norms, which MISA does in hooks during the backward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from misa.optimizer import MISA
+
+# layers, hidden size: small matrices show the overhead, large ones the bandwidth
+SMALL = [(12, 128), (30, 128), (100, 128)]
+LARGE = [(12, 1024), (30, 512), (100, 384)]
+BUDGET = 0.03
+
+
+class Layer(nn.Module):
+    """The seven matrices of a LLaMA layer, without its arithmetic."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.add_module(name, nn.Linear(hidden, hidden, bias=False))
+        self.gate_proj = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.up_proj = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.down_proj = nn.Linear(3 * hidden, hidden, bias=False)
+
+
+def make_model(num_layers: int, hidden: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(Layer(hidden) for _ in range(num_layers))
+    return model.to(torch.bfloat16)
+
+
+def give_gradients(params: list[Tensor]) -> Callable[[], None]:
+    grads = [torch.randn_like(p) * 1e-3 for p in params]
+
+    def give() -> None:
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+
+    return give
+
+
+class Masters:
+    """torch's AdamW on fp32 masters of bf16 weights, written as lean as torch's public functions allow."""
+
+    def __init__(self, params: list[Tensor], **kind: bool) -> None:
+        self.params = params
+        self.masters = [nn.Parameter(p.detach().float()) for p in params]
+        self.inner = torch.optim.AdamW(self.masters, lr=1e-3, weight_decay=0.0, **kind)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Widen the gradients, step on the masters, write the weights."""
+        for master, p in zip(self.masters, self.params, strict=True):
+            master.grad = p.grad.float()
+        self.inner.step()
+        torch._foreach_copy_(self.params, self.masters)
+        for master in self.masters:
+            master.grad = None
+
+
+def make_badam(model: nn.Module, blocks: list[list[str]], interval: int, **kind: bool):
+    from badam import BlockOptimizer
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return BlockOptimizer(
+            base_optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, **kind),
+            named_parameters_list=list(model.named_parameters()),
+            block_prefix_list=blocks,
+            switch_block_every=interval,
+            switch_mode="ascending",
+            verbose=0,
+        )
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def in_turns(contestants: dict[str, Callable[[], float]], num_turns: int) -> dict[str, list[float]]:
+    """Seconds of every contestant in every turn; each makes itself ready outside its own timing."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(num_turns + 3):
+        for name, contestant in contestants.items():
+            seconds = contestant()
+            if turn >= 3:  # the first turns make the state
+                times[name].append(seconds)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def measure_steps(num_layers: int, hidden: int, num_turns: int) -> dict:
+    """One ordinary step of each contestant on the same active tensors, and of fused AdamW on all tensors."""
+    model = make_model(num_layers, hidden)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        misa = MISA(model, budget=BUDGET, interval=10**9)
+    active = [f"{name}.weight" for name in misa.active]
+    own = [model.get_parameter(name) for name in active]
+
+    def contestant(params: list[Tensor], step: Callable[[], object]) -> Callable[[], float]:
+        give = give_gradients(params)
+
+        def call() -> float:
+            give()
+            return timed(step)
+
+        return call
+
+    def copy_of_active() -> list[Tensor]:
+        return [p.detach().clone() for p in own]
+
+    give_own, hook_seconds = give_gradients(own), [0.0]
+
+    def norms() -> None:
+        for p in own:
+            for hook in p._post_accumulate_grad_hooks.values():
+                hook(p)
+
+    def misa_step() -> float:
+        give_own()
+        hook_seconds[0] = timed(norms)
+        return timed(misa.step)
+
+    def badam(**kind: bool) -> Callable[[], float]:
+        other = make_model(num_layers, hidden)
+        optimizer = make_badam(other, [active], 10**9, **kind)
+        return contestant([other.get_parameter(name) for name in active], optimizer.step)
+
+    fused, foreach = copy_of_active(), copy_of_active()
+    everything = list(make_model(num_layers, hidden).parameters())
+    contestants = {
+        "fused AdamW": contestant(fused, Masters(fused, fused=True).step),
+        "MISA": misa_step,
+        "norms": lambda: hook_seconds[0],
+        "foreach AdamW": contestant(foreach, Masters(foreach, foreach=True).step),
+        "badam": badam(),
+        "badam, fused": badam(fused=True),
+        "fused AdamW, all parameters": contestant(everything, Masters(everything, fused=True).step),
+    }
+    times = in_turns(contestants, num_turns)
+    times["MISA + norms"] = [a + b for a, b in zip(times["MISA"], times["norms"], strict=True)]
+    return {
+        "num_layers": num_layers,
+        "hidden": hidden,
+        "num_blocks": len(misa.blocks),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "active_tensors": len(active),
+        "active_parameters": misa.active_numel,
+        "median_ms": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "ratio_to_fused": {name: ratio(times, name, "fused AdamW") for name in times},
+        "badam_to_misa": ratio(times, "badam", "MISA + norms"),
+        "fused_badam_to_misa": ratio(times, "badam, fused", "MISA + norms"),
+    }
+
+
+def around_switch(params_on: Callable[[], list[Tensor]], step: Callable[[], object], interval: int):
+    """A round of `interval` steps: seconds of an ordinary step, and of the switch that ends the round.
+
+    The switch is what the last step of a round and the first of the next cost beyond two ordinary ones.
+    """
+    seconds = []
+    for _ in range(interval):
+        for p in params_on():
+            p.grad = torch.full_like(p, 1e-3)
+        seconds.append(timed(step))
+    ordinary = statistics.median(seconds[1:-1])
+    return ordinary, seconds[-1] + seconds[0] - 2 * ordinary
+
+
+def measure_switch(num_layers: int, hidden: int, num_turns: int) -> dict:
+    """A switch of MISA with matrix blocks against one of `badam` with the same matrices as its blocks."""
+    interval = 6
+    model, other = make_model(num_layers, hidden), make_model(num_layers, hidden)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        misa = MISA(model, budget=BUDGET, interval=interval)
+    per_block = max(1, len(misa.active))
+    names = [n for n, _ in other.named_parameters()]
+    groups = [names[k : k + per_block] for k in range(0, len(names), per_block)]
+    badam = make_badam(other, groups, interval)
+    rounds: dict[str, list[tuple[float, float]]] = {"MISA": [], "badam": []}
+    with contextlib.redirect_stdout(io.StringIO()):
+        around_switch(lambda: [p for p in other.parameters() if p.requires_grad], badam.step, interval - 1)  # its first
+        for _ in range(num_turns):
+            rounds["MISA"].append(
+                around_switch(lambda: [p for p in model.parameters() if p.requires_grad], misa.step, interval)
+            )
+            rounds["badam"].append(
+                around_switch(lambda: [p for p in other.parameters() if p.requires_grad], badam.step, interval)
+            )
+    step = {name: statistics.median(a for a, _ in values) for name, values in rounds.items()}
+    switch = {name: statistics.median(b for _, b in values) for name, values in rounds.items()}
+    return {
+        "num_layers": num_layers,
+        "hidden": hidden,
+        "num_blocks": len(misa.blocks),
+        "switch_ms": {name: 1e3 * value for name, value in switch.items()},
+        "switch_in_steps": switch["MISA"] / step["MISA"],
+        "badam_to_misa": switch["badam"] / switch["MISA"],
+    }
+
+
+def measure_registered(num_turns: int, num_active: int = 8, hidden: int = 128) -> dict:
+    """A step with 2,000 registered blocks against one with 200, the same number of equal blocks being on."""
+
+    def contestant(num_blocks: int) -> Callable[[], float]:
+        model = nn.Module()
+        model.layers = nn.ModuleList(
+            nn.ModuleDict({"proj": nn.Linear(hidden, hidden, bias=False)}) for _ in range(num_blocks)
+        )
+        optimizer = MISA(model.to(torch.bfloat16), num_blocks=num_active, interval=10**9)
+        give = give_gradients([p for p in model.parameters() if p.requires_grad])
+
+        def call() -> float:
+            give()
+            return timed(optimizer.step)
+
+        return call
+
+    times = in_turns({"200": contestant(200), "2000": contestant(2000)}, num_turns)
+    medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    return {"num_active": num_active, "median_ms": medians, "ratio": ratio(times, "2000", "200")}
+
+
+def bars(results: dict) -> list[tuple[str, float, str, bool]]:
+    """The promises: what, the worst value found, the limit, and whether it holds."""
+    steps, switches = results["steps"], results["switches"]
+    worst = [
+        (
+            "step with norms / fused AdamW with masters",
+            max(s["ratio_to_fused"]["MISA + norms"] for s in steps),
+            1.10,
+            1,
+        ),
+        ("step with 2,000 blocks / with 200", results["registered"]["ratio"], 1.10, 1),
+        ("switch, in steps", max(s["switch_in_steps"] for s in switches), 3.0, 1),
+        ("badam's step / ours", min(s["badam_to_misa"] for s in steps), 1.8, -1),
+        ("badam's switch / ours", min(s["badam_to_misa"] for s in switches), 20.0, -1),
+    ]
+    return [
+        (what, x, f"{'<=' if sign > 0 else '>='} {limit}", sign * x <= sign * limit) for what, x, limit, sign in worst
+    ]
+
+
+def markdown(results: dict) -> str:
+    names = list(results["steps"][0]["median_ms"])
+    lines = [
+        "# Time of an optimizer step",
+        "",
+        f"{results['machine']}; torch {results['torch']}, {results['num_threads']} threads; medians, ratios of "
+        f"neighbouring calls. bf16 weights, fp32 masters for what is active, {BUDGET:.0%} active.",
+        "",
+        "| model | blocks | active | " + " | ".join(f"{n}, ms" for n in names) + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
+    for s in results["steps"]:
+        size = f"{s['num_layers']} x {s['hidden']} ({s['num_parameters'] / 1e6:.0f}M)"
+        active = f"{s['active_tensors']} ({s['active_parameters'] / 1e6:.1f}M)"
+        cells = (f"{s['median_ms'][n]:.2f} ({s['ratio_to_fused'][n]:.2f})" for n in names)
+        lines.append(f"| {size} | {s['num_blocks']} | {active} | " + " | ".join(cells) + " |")
+    lines += ["", "In brackets: ratio to fused AdamW on the active tensors.", ""]
+    lines += ["| model | switch, ms | in steps | badam's switch, ms | ratio |", "|---|---|---|---|---|"]
+    for s in results["switches"]:
+        lines.append(
+            f"| {s['num_layers']} x {s['hidden']} | {s['switch_ms']['MISA']:.2f} | {s['switch_in_steps']:.1f} | "
+            f"{s['switch_ms']['badam']:.0f} | {s['badam_to_misa']:.0f} |"
+        )
+    lines += ["", "| promise | worst | limit | holds |", "|---|---|---|---|"]
+    lines += [f"| {w} | {x:.2f} | {limit} | {'yes' if ok else '**no**'} |" for w, x, limit, ok in bars(results)]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--turns", type=int, default=100, help="timed calls of every contestant (100)")
+    parser.add_argument("--sizes", choices=["small", "large", "both"], default="both", help="sizes of matrices")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "optimizer_step")
+    options = parser.parse_args()
+    models = {"small": SMALL, "large": LARGE, "both": SMALL + LARGE}[options.sizes]
+    results = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "num_turns": options.turns,
+        "steps": [],
+        "switches": [],
+    }
+    for num_layers, hidden in models:
+        results["steps"].append(measure_steps(num_layers, hidden, options.turns))
+        results["switches"].append(measure_switch(num_layers, hidden, max(5, options.turns // 10)))
+        print(f"{num_layers} x {hidden} done", file=sys.stderr)
+    results["registered"] = measure_registered(options.turns)
+    text = markdown(results)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

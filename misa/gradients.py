@@ -1,0 +1,161 @@
+"""Measuring gradients during the backward pass: their norms, sums of them by block, and the norms of what is off.
+
+Numbers of a step are handled in one of two ways. On a CPU reading a tensor costs nothing, and sums of a few numbers
+less than calls of torch, so they become floats. On a GPU they stay there as a tensor, and nothing is read before the
+end of a round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = Tensor | float
+Numbers = Tensor | list[float]
+
+LARGE_NUMEL = 1 << 16  # gradients that are worth two threads
+TINY = 1e-300
+
+
+def gradient_norm(grad: Tensor) -> Number:
+    """Euclidean norm of a gradient: a float where that needs no waiting (on a CPU), else an fp32 scalar.
+
+    On a CPU the norm of a whole tensor runs on one thread, and asking for fp32 makes a copy; so a large tensor goes row
+    by row, and bf16 stays what it is (fp16 does not, because the norm may exceed its range).
+    """
+    readable = grad.is_cpu and type(grad) is Tensor  # not a fake tensor, say
+    whole = grad
+    if grad.is_cpu and grad.dtype != torch.float16:
+        if readable and grad.numel() < LARGE_NUMEL:
+            return float(torch.linalg.vector_norm(grad))
+        if grad.ndim >= 2:
+            whole = torch.linalg.vector_norm(grad, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(whole, dtype=torch.float32)
+    return float(norm) if readable else norm
+
+
+class NormSums:
+    """Sums over a round of the gradient norms of its blocks.
+
+    Args:
+        blocks: Indices of the blocks, in the order in which their gradients are handed over; gradients of no block
+            come last, as block -1.
+        squared: Sum squared norms, or norms.
+    """
+
+    def __init__(self, blocks: tuple[int, ...], squared: bool) -> None:
+        self.num_good: Tensor | int = 0  # steps that entered the sums
+        self._blocks = blocks
+        self._squared = squared
+        self._sums: Any = None
+        self._lengths: Tensor | None = None
+        self._num_lengths = 0  # gradients that `_lengths` is made for
+
+    def squares(self, blocks: Sequence[int], norms: Sequence[Number]) -> Numbers:
+        """Squared norm of every block's gradients, and last of those of no block.
+
+        Args:
+            blocks: The block of every gradient.
+            norms: Their norms, in the same order.
+        """
+        counts = dict.fromkeys((*self._blocks, -1), 0.0)
+        device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+        if device is None:
+            for block, norm in zip(blocks, norms, strict=True):
+                counts[block] += float(norm) * float(norm)
+            return list(counts.values())
+        if self._lengths is None or self._num_lengths != len(norms):
+            for block in blocks:
+                counts[block] += 1
+            self._lengths = torch.tensor(list(counts.values()), dtype=torch.long, device=device)
+            self._num_lengths = len(norms)
+        squares = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms]).square_()
+        # Sums one after the other: scattered ones have no fixed order on a GPU.
+        return torch.segment_reduce(squares, "sum", lengths=self._lengths, unsafe=True)
+
+    def add(self, squares: Numbers, good: Tensor | bool) -> None:
+        """Add a step's squared norms, as `squares` returns them, if the step was taken."""
+        scored = squares[: len(self._blocks)]
+        if not self._squared:
+            scored = each(lambda x: x**0.5, scored)
+        if isinstance(scored, Tensor):
+            scored = torch.where(torch.as_tensor(good, device=scored.device), scored, 0)
+            self._sums = scored if self._sums is None else self._sums + scored
+        elif good:
+            self._sums = scored if self._sums is None else [a + b for a, b in zip(self._sums, scored, strict=True)]
+        self.num_good = self.num_good + good
+
+    def read(self) -> list[float]:
+        """The sums so far; empty before the first step. The one read of the device."""
+        return self._sums.tolist() if isinstance(self._sums, Tensor) else list(self._sums or ())
+
+    def write(self, sums: list[float], num_good: int, device: torch.device) -> None:
+        """Continue with sums that were read."""
+        self._sums = (sums if device.type == "cpu" else torch.tensor(sums, device=device)) if sums else None
+        self.num_good = num_good
+
+
+class Probe:
+    """Norms of the gradients of parameters that do not train, each freed the moment it is ready.
+
+    Over several micro-batches the squared norms are added up.
+    """
+
+    def __init__(self) -> None:
+        self._norms: dict[int, list[Number]] = {}
+        self._handles: list[Any] = []
+
+    def watch(self, block: int, params: Iterable[Tensor]) -> None:
+        """Measure the gradients of a block from now on."""
+        norms = self._norms[block] = []
+
+        def reduce(p: Tensor) -> None:
+            if p.grad is not None:
+                norms.append(gradient_norm(p.grad))
+                p.grad = None
+
+        self._handles += [p.register_post_accumulate_grad_hook(reduce) for p in params]
+
+    @property
+    def blocks(self) -> list[int]:
+        """The blocks that are watched."""
+        return list(self._norms)
+
+    def squares(self, unscale: Number) -> dict[int, float]:
+        """Squared norm of every watched block that got a gradient, times the square of `unscale`."""
+        of_block = [i for i, norms in self._norms.items() for _ in norms]
+        *values, factor = read([*(norm for norms in self._norms.values() for norm in norms), unscale])
+        squares = dict.fromkeys(of_block, 0.0)
+        for i, norm in zip(of_block, values, strict=True):
+            squares[i] += (norm * factor) ** 2
+        return squares
+
+    def stop(self) -> None:
+        """Remove the hooks and forget what was measured."""
+        for handle in self._handles:
+            handle.remove()
+        self._norms, self._handles = {}, []
+
+
+def all_finite(squares: Numbers, overflow: Tensor | None = None) -> Tensor | bool:
+    """Whether all are finite and a `GradScaler` found no overflow; for numbers on a GPU the answer stays there."""
+    if isinstance(squares, list):
+        return math.isfinite(sum(squares)) and not overflow
+    good = torch.isfinite(squares.sum())
+    return good if overflow is None else good & (overflow.to(good.device) == 0)
+
+
+def each(function: Callable[[Any], Any], numbers: Numbers) -> Numbers:
+    """Apply elementwise arithmetic to numbers of either kind."""
+    return [function(x) for x in numbers] if isinstance(numbers, list) else function(numbers)
+
+
+def read(numbers: Sequence[Number]) -> list[float]:
+    """Numbers that may lie on a device, all read at once."""
+    there = [x.float() for x in numbers if isinstance(x, Tensor)]
+    values = iter(torch.stack([x.to(there[0].device) for x in there]).tolist() if there else ())
+    return [next(values) if isinstance(x, Tensor) else x for x in numbers]
