@@ -24,9 +24,9 @@ class FinetuneOptions:
     dataset_path: str = field(
         metadata={
             "help": "a file or folder with train.jsonl, .json or .parquet (fields instruction, output and, optionally, "
-            "input, or those of a known set); a known set by name (alpaca-gpt4, math10k, commonsense170k, gsm8k, mawps, "
-            "svamp, aqua, boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa); or a "
-            "hub id"
+            "input, or those of a known set); a known set by name (alpaca-gpt4, math10k, commonsense170k, gsm8k, "
+            "mawps, svamp, aqua, boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, "
+            "openbookqa); or a hub id"
         }
     )
     data_dir: str | None = field(
@@ -47,7 +47,7 @@ class FinetuneOptions:
     )
     tokenized_dir: str | None = field(
         default=None,
-        metadata={"help": "folder that keeps tokens between runs; default: misa/ in the cache of Hugging Face datasets"},
+        metadata={"help": "folder that keeps tokens between runs; default: misa/ in the cache of datasets"},
     )
     validation_samples: int = field(
         default=0,

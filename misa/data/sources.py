@@ -155,7 +155,7 @@ def _known_name(text: str) -> str | None:
         if text == known.hub_id and known.config is None:
             return name
     owner, _, last = text.rstrip("/").rpartition("/")
-    if owner and Path(owner).parts[0] not in _DATA_FOLDERS:
+    if owner and (text.startswith(".") or Path(owner).parts[0] not in _DATA_FOLDERS):
         return None
     return next((name for name in KNOWN if _plain(last) in _plain_names(name)), None)
 

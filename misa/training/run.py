@@ -272,9 +272,7 @@ def _train(trainer: Any, meter: Any, checkpoint: Path | None) -> None:
         trainer.state = state
         meter.restore(state)
         return
-    # The evaluation before the first step is in the record already.
-    trainer.args.eval_on_start = False
-    trainer.train(resume_from_checkpoint=str(checkpoint))
+    trainer.continue_from(checkpoint)
 
 
 def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
