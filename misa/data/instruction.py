@@ -193,16 +193,18 @@ class InstructionCollator:
         self.keep_all_logits = keep_all_logits
         self.pad_to = pad_to
 
-    def __call__(self, items: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
         """Return `input_ids`, `attention_mask` or `position_ids`, `labels` of shape [rows, length], and cut labels."""
         length = max(self.pad_to or 0, *(len(item["input_ids"]) for item in items))
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": self._padded(items, "input_ids", length, lambda missing: [self.pad_token_id] * missing),
             "labels": self._padded(items, "labels", length, lambda missing: [IGNORED] * missing),
         }
         if "position_ids" in items[0]:
             # The padding counts as one more record, which nothing attends to and which has no labels.
             batch["position_ids"] = self._padded(items, "position_ids", length, lambda missing: list(range(missing)))
+            # With a cache of keys and values, transformers does not look for borders in the positions.
+            batch["use_cache"] = False
         else:
             ones = [{"mask": [1] * len(item["input_ids"])} for item in items]
             batch["attention_mask"] = self._padded(ones, "mask", length, lambda missing: [0] * missing)

@@ -1,8 +1,8 @@
 """Several records in one sequence, so that fewer tokens are padding.
 
-Positions begin anew with each record. transformers (5.23) reads the borders off `position_ids` where a batch has no
-`attention_mask`, and keeps attention inside a record: with the implementations eager, sdpa and flex by a mask, with
-FlashAttention by its variable-length kernel. That holds for models whose masks come from
+Positions begin anew with each record. Where a batch has no `attention_mask` and no cache, transformers (5.23) reads the
+borders off `position_ids` and keeps attention inside a record: with the implementations eager, sdpa and flex by a mask,
+with FlashAttention by its variable-length kernel. That holds for models whose masks come from
 `transformers.masking_utils`, such as LLaMA, Mistral and Qwen; in a model with code of its own for masks, a record can
 see the ones before it in its sequence.
 """

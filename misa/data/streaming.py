@@ -132,8 +132,7 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.seed = seed
         self.buffer = buffer
         self.share = share
-        self._beginning = copy.deepcopy(documents.state_dict())
-        self._start = self._place(self._beginning, epoch=0, chunk=0, number=0, carry=[])
+        self._start = self._place(None, epoch=0, chunk=0, number=0, carry=[])
         self._places: deque[dict[str, Any]] = deque([self._start], maxlen=NUM_PLACES)
         self._skip = 0
 
@@ -170,17 +169,21 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
         place = self._start
         self._places.clear()
         number, epoch, chunk, carry = place["number"], place["epoch"], place["chunk"], list(place["carry"])
-        self.documents.load_state_dict(copy.deepcopy(place["documents"]))
         stands = place["documents"]
         while True:
-            whole, before, reader = chunk == 0, (number, len(carry)), iter(self.documents)
-            while records := list(itertools.islice(reader, self.buffer)):
+            # A new object: one that has been read keeps its place.
+            reader = self.documents.select_columns(["text"])
+            if stands is not None:
+                reader.load_state_dict(copy.deepcopy(stands))
+            whole, before = chunk == 0, (number, len(carry))
+            # Unlike plain iteration, `iter` does not deal the files out to worker processes.
+            for batch in reader.iter(self.buffer):
                 self._places.append(self._place(stands, epoch, chunk, number, list(carry)))
                 # The reader stands behind this chunk, so this is where the next one begins.
-                stands = copy.deepcopy(self.documents.state_dict())
+                stands = copy.deepcopy(reader.state_dict())
                 texts = [
-                    _text(record, f"streamed text, document {chunk * self.buffer + index}")
-                    for index, record in enumerate(records, start=1)
+                    _text({"text": text}, f"streamed text, document {chunk * self.buffer + index}")
+                    for index, text in enumerate(batch["text"], start=1)
                 ]
                 for item in self._chunk_items(texts, epoch, chunk, carry):
                     number += 1
@@ -188,8 +191,7 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
                 chunk += 1
             if whole and before == (number, len(carry)):
                 raise ValueError("the stream holds no document to train on")
-            epoch, chunk, stands = epoch + 1, 0, self._beginning
-            self.documents.load_state_dict(copy.deepcopy(stands))
+            epoch, chunk, stands = epoch + 1, 0, None
 
     def _chunk_items(self, texts: list[str], epoch: int, chunk: int, carry: list[int]) -> Iterator[dict[str, Any]]:
         """Yield the items of one chunk; `carry` holds the tokens of an unfinished item before and after."""
@@ -214,7 +216,9 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
                 yield {"input_ids": block, "labels": block}
 
     @staticmethod
-    def _place(documents: dict[str, Any], epoch: int, chunk: int, number: int, carry: list[int]) -> dict[str, Any]:
+    def _place(
+        documents: dict[str, Any] | None, epoch: int, chunk: int, number: int, carry: list[int]
+    ) -> dict[str, Any]:
         return {"documents": documents, "epoch": epoch, "chunk": chunk, "number": number, "carry": carry}
 
 

@@ -16,7 +16,6 @@ import pytest
 from misa.results import read_result
 from misa.training import run
 from misa.training.checkpoints import checkpoints, fault, latest_checkpoint
-from misa.training.trainer import Schedule
 
 from .conftest import Killed, outcome
 
@@ -27,22 +26,6 @@ METHODS = {
     "lora": {"method": "lora", "lora_r": 4, "lora_dropout": 0.2},
     "badam": {"method": "badam", "interval": 2},
 }
-
-
-@pytest.fixture
-def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Kill the next run after a step, before anything of that step is logged or saved; None kills no more."""
-    original = Schedule.on_step_end
-
-    def choose(step: int | None) -> None:
-        def on_step_end(self: Schedule, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if state.global_step == step:
-                raise Killed
-            return original(self, args, state, control, **kwargs)
-
-        monkeypatch.setattr(Schedule, "on_step_end", on_step_end)
-
-    return choose
 
 
 @pytest.mark.parametrize("method", METHODS)
