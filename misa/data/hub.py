@@ -39,8 +39,7 @@ def load_hub(hub_id: str, config: str | None = None, streaming: bool = False) ->
         offline = " (HF_HUB_OFFLINE=1)" if constants.is_offline_mode() else ""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"the hub does not give {hub_id}{offline}: {reason}; give a local file or folder as dataset_path, or the "
-            "folder that holds a copy as data_dir"
+            f"the hub does not give {hub_id}{offline}: {reason}; give a local file or folder instead"
         ) from error
 
 
@@ -51,12 +50,14 @@ def hub_digest(hub_id: str, config: str | None) -> str:
         hub_id: Repository.
         config: Configuration of the data set.
     """
+    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         revision = HfApi().dataset_info(hub_id, timeout=TIMEOUT_S).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+    # Without a hub, what an earlier run has downloaded may still be there.
+    except (HfHubHTTPError, httpx.HTTPError, OSError):
         revision = None
     return hashlib.sha256(json.dumps([hub_id, config, revision]).encode()).hexdigest()
 

@@ -151,9 +151,9 @@ def find_instructions(dataset_path: str, data_dir: str | None = None) -> Instruc
 
 def _known_name(text: str) -> str | None:
     """Return the known name meant by a name, its hub id, or a missing path such as `datasets/Math10k`."""
-    for name, known in KNOWN.items():
-        if text == known.hub_id and known.config is None:
-            return name
+    # One repository may hold several known sets.
+    if len(same := [name for name, known in KNOWN.items() if text == known.hub_id]) == 1:
+        return same[0]
     owner, _, last = text.rstrip("/").rpartition("/")
     if owner and (text.startswith(".") or Path(owner).parts[0] not in _DATA_FOLDERS):
         return None

@@ -101,7 +101,7 @@ class Documents:
 
     Attributes:
         files: Its files.
-        digest: Digest of files and split.
+        digest: Digest of files, split and what may be malformed.
         share: Share held out of the files, 0 if they are all of this split.
         held_out: Whether this is the part held out.
         max_malformed: Share of the records of one file that may be malformed.
@@ -140,11 +140,13 @@ def local_documents(source: TextSource, share: float, max_malformed: float = 0.0
     Raises:
         ValueError: If the share is out of range.
     """
-    digest = files_digest(source.train)
+    # What is allowed belongs to the digest: kept tokens must not hide records that are now to be refused.
+    digest = f"{files_digest(source.train)} {max_malformed}"
     if source.validation:
+        apart = f"{files_digest(source.validation)} {max_malformed}"
         return (
             Documents(source.train, digest, max_malformed=max_malformed),
-            Documents(source.validation, files_digest(source.validation), max_malformed=max_malformed),
+            Documents(source.validation, apart, max_malformed=max_malformed),
         )
     if not 0 < share < 0.5:
         raise ValueError(f"validation_share is {share}, allowed is a number between 0 and 0.5")

@@ -13,7 +13,7 @@ import pytest
 
 from misa.data.formats import FORMATS, format_of, plain_number
 from misa.data.records import write_records
-from misa.data.sources import KNOWN, find_instructions
+from misa.data.sources import KNOWN, InstructionSource, find_instructions
 
 ALPACA = [
     {"instruction": "Name a colour.", "input": "", "output": "blue"},
@@ -208,11 +208,28 @@ def test_without_a_hub_the_missing_set_is_named_at_once(name: str) -> None:
     assert time.monotonic() - begun < 20
 
 
+def test_splits_of_the_hub_are_read_by_the_same_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` reads a folder in place of a repository, by the same code."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": f"How many is {number}?", "answer": f"#### {number}"} for number in range(30)]
+    write_records(tmp_path / "owner" / "sums" / "train.jsonl", rows[:20])
+    write_records(tmp_path / "owner" / "sums" / "validation.jsonl", rows[20:])
+    source = InstructionSource("sums", hub_id="owner/sums")
+    train, validation, digest = source.read(True)
+    assert [record["answer"] for record in train] == [str(number) for number in range(20)]
+    assert [record["answer"] for record in validation] == [str(number) for number in range(20, 30)]
+    assert source.read(True)[2] == digest != source.read(False)[2]
+    assert source.read(False)[1] == []
+    write_records(tmp_path / "owner" / "bad" / "train.jsonl", [*rows[:3], {"question": "x", "answer": None}])
+    with pytest.raises(ValueError, match="owner/bad, train, row 4: field 'answer' must be text, found NoneType"):
+        InstructionSource("bad", hub_id="owner/bad").read(False)
+
+
 def test_names_mean_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_instructions("vicgalle/alpaca-gpt4").hub_id == "vicgalle/alpaca-gpt4"
-    assert find_instructions("openai/gsm8k").config is None
-    assert find_instructions("gsm8k").config == "main"
+    assert find_instructions("openai/gsm8k").config == find_instructions("gsm8k").config == "main"
+    assert find_instructions("allenai/ai2_arc").config is None
     # A set of that name, but somebody's own.
     assert find_instructions("someone/gsm8k").hub_id == "someone/gsm8k"
     assert find_instructions("datasets/Commonsense170k").hub_id == "zwhe99/commonsense_170k"

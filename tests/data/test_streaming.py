@@ -154,6 +154,18 @@ def test_other_kinds_of_files_are_streamed(tmp_path: Path) -> None:
         open_streams(TextSource("x", (tmp_path / "a.txt", tmp_path / "b.parquet")), 0.1)
 
 
+def test_splits_of_the_hub_are_streamed(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` reads a folder in place of a repository, by the same code."""
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "owner" / "texts" / "train.jsonl", ({"text": text, "url": ""} for text in TEXTS[:40]))
+    write_records(tmp_path / "owner" / "texts" / "validation.jsonl", ({"text": text} for text in TEXTS[40:]))
+    documents, apart, share = open_streams(TextSource("x", hub_id="owner/texts"), 0.1)
+    assert share == 0
+    assert first_texts(apart, tokenizer, 10**9, share) == TEXTS[40:]
+    items = first(StreamedText(documents, tokenizer, 64, "max_length", buffer=5), 40)
+    assert sorted(tokenizer.decode(ids, skip_special_tokens=True) for ids in items) == sorted(TEXTS[:40])
+
+
 def test_wrong_streams_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     write_records(tmp_path / "a.jsonl", [{"body": "x"}])
     with pytest.raises(ValueError, match="x, first document: field 'text' must be text, found NoneType"):

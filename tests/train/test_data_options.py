@@ -76,7 +76,7 @@ def test_packing_trains_on_the_same_tokens_in_fewer_sequences(
         return batch
 
     monkeypatch.setattr(InstructionCollator, "__call__", spy)
-    whole = {"validation_samples": 0, "eval_strategy": "no", "num_train_epochs": 1, "max_steps": None}
+    whole = {"validation_samples": 4, "eval_strategy": "no", "num_train_epochs": 1, "max_steps": None}
     totals = {}
     for name, options in {"alone": {}, "packed": {"packing": True, "max_length": 1024}}.items():
         seen.clear()
@@ -85,6 +85,8 @@ def test_packing_trains_on_the_same_tokens_in_fewer_sequences(
     assert totals["packed"] == totals["alone"] > 0
     assert read_result(tmp_path / "packed").metrics["num_steps"] < read_result(tmp_path / "alone").metrics["num_steps"]
     assert all("attention_mask" not in batch for batch in seen["batches"])
+    losses = [read_result(tmp_path / name).metrics["eval_loss"] for name in ("packed", "alone")]
+    assert all(0 < loss < 10 for loss in losses)
 
 
 def test_padding_to_max_length_trains_the_same(finetune: Callable[..., int], tmp_path: Path) -> None:

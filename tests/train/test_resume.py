@@ -44,6 +44,19 @@ def test_killed_run_ends_as_if_it_had_not_been(
     assert checkpoints(tmp_path / "killed" / "checkpoints") == []
 
 
+def test_killed_run_is_recognised(
+    finetune: Callable[..., int], kill_at: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    """Going on evaluates nothing before its first step, but the record says what was asked for."""
+    kill_at(5)
+    with pytest.raises(Killed):
+        finetune("killed", "--eval_on_start")
+    kill_at(None)
+    assert finetune("killed", "--eval_on_start") == 0
+    assert finetune("killed", "--eval_on_start") == 0
+    assert read_result(tmp_path / "killed").config["eval_on_start"] is True
+
+
 def test_two_runs_of_one_command_are_bit_identical(finetune: Callable[..., int], tmp_path: Path) -> None:
     for name in ("first", "second"):
         assert finetune(name, **METHODS["misa"]) == 0
