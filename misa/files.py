@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,3 +80,46 @@ def new_folder(path: str | Path, last: str) -> Iterator[Path]:
     else:
         # A rename onto an empty folder is allowed and atomic.
         partial.rename(path)
+
+
+# A folder of a killed process is left behind; nobody writes one for longer than this.
+_STALE_S = 24 * 3600
+
+
+@contextmanager
+def new_cache_entry(path: str | Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
+    """Fill a folder that several processes may make at the same time, each with the same content.
+
+    Each fills a folder of its own and renames it at the end. Whoever comes second finds the name taken and throws its
+    copy away; a folder under that name that is not whole gives way instead.
+
+    Args:
+        path: The folder to make.
+        is_whole: Says of a folder whether it is complete and undamaged.
+
+    Yields:
+        The temporary folder, empty, to be filled by the caller.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+    own = f".{path.name}.{os.getpid()}-{time.monotonic_ns()}"
+    partial, damaged = path.with_name(f"{own}.partial"), path.with_name(f"{own}.damaged")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.exists() and not is_whole(path):
+            path.rename(damaged)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not is_whole(path):
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)

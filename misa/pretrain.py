@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
 
@@ -25,12 +25,40 @@ class PretrainOptions:
         metadata={"help": "2m, 7m, 17m, 34m, 60m, 130m, 350m or 1b, or a JSON file with a model configuration"}
     )
     dataset_path: str = field(
-        metadata={"help": "folder with train.jsonl and validation.jsonl (field text) and tokenizer/"}
+        metadata={
+            "help": "folder with train.jsonl, validation.jsonl (field text) and tokenizer/; any folder of .txt, .md, "
+            ".jsonl, .json or .parquet; c4; or a hub id, which is streamed"
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the hub"})
+    streaming: bool = field(default=False, metadata={"help": "read local files while training, too"})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "documents of a stream that are mixed together"})
+    validation_share: float = field(
+        default=0.02, metadata={"help": "share of the documents held out, by hash, where there is no validation split"}
+    )
+    max_malformed: float = field(
+        default=0.0, metadata={"help": "share of malformed records that is left out with a warning; more are refused"}
     )
     tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "folder or hub id of the tokenizer; default: tokenizer/ in dataset_path"}
+        default=None,
+        metadata={
+            "help": "folder or hub id of the tokenizer; default: tokenizer/ in dataset_path, T5's for c4, or else one "
+            "trained on the text"
+        },
     )
+    vocab_size: int = field(default=8192, metadata={"help": "vocabulary of a tokenizer trained here"})
     max_length: int = field(default=256, metadata={"help": "tokens in one sequence"})
+    padding: Literal["none", "max_length"] = field(
+        default="none",
+        metadata={
+            "help": "none: documents follow one another and fill every sequence; max_length: one document a sequence, "
+            "cut off and padded, as published"
+        },
+    )
+    tokenized_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder that keeps tokens between runs; default: misa/ in the cache of datasets"},
+    )
     max_eval_tokens: int = field(
         default=65_536, metadata={"help": "tokens of the validation text to evaluate on, from its start"}
     )
@@ -89,8 +117,11 @@ def make_job(
     Raises:
         ValueError: If a file is missing or malformed, or a setting is out of range.
     """
-    from misa.data.corpus import BlockDataset, load_blocks
-    from misa.data.records import files_digest, require_split
+    from misa.data.hub import hub_digest
+    from misa.data.pretraining import PretrainingText
+    from misa.data.records import files_digest
+    from misa.data.text import find_text
+    from misa.data.tokens import default_folder
     from misa.models import build_model, load_tokenizer, model_config, resolve_dtype
     from misa.training.run import Job, Parts
 
@@ -98,18 +129,36 @@ def make_job(
         raise ValueError(
             f"max_eval_tokens is {pretrain.max_eval_tokens}, allowed is max_length ({pretrain.max_length}) or more"
         )
-    files = [require_split(pretrain.dataset_path, split) for split in ("train", "validation")]
-    tokenizer_source = pretrain.tokenizer_name_or_path or Path(pretrain.dataset_path) / "tokenizer"
-    if (vocabulary := Path(tokenizer_source) / "tokenizer.json").is_file():
+    source = find_text(pretrain.dataset_path, pretrain.dataset_config)
+    streamed = pretrain.streaming or source.hub_id is not None
+    if streamed and training.max_steps <= 0:
+        raise ValueError(f"max_steps is {training.max_steps}; a stream has no length, so it must be given")
+    if streamed:
+        # The stream has an order of its own.
+        training.train_sampling_strategy = "sequential"
+    if pretrain.padding == "max_length":
+        training.include_num_input_tokens_seen = "non_padding"
+    tokenizer_source = pretrain.tokenizer_name_or_path or source.tokenizer
+    files = [*source.train, *source.validation]
+    if tokenizer_source and (vocabulary := Path(tokenizer_source) / "tokenizer.json").is_file():
         files.append(vocabulary)
-    settings = {
-        **vars(pretrain),
-        "tokenizer_name_or_path": str(tokenizer_source),
-        "dtype": resolve_dtype(pretrain.dtype),
-    }
+    digest = files_digest(files) if source.hub_id is None else hub_digest(source.hub_id, source.config)
+    settings = {**vars(pretrain), "tokenizer_name_or_path": tokenizer_source, "dtype": resolve_dtype(pretrain.dtype)}
 
     def make() -> Parts:
-        tokenizer = load_tokenizer(tokenizer_source)
+        text = PretrainingText(
+            source,
+            streamed=streamed,
+            padding=pretrain.padding,
+            max_length=pretrain.max_length,
+            max_eval_tokens=pretrain.max_eval_tokens,
+            validation_share=pretrain.validation_share,
+            max_malformed=pretrain.max_malformed,
+            seed=training.seed if training.data_seed is None else training.data_seed,
+            shuffle_buffer=pretrain.shuffle_buffer,
+            tokenized_dir=Path(pretrain.tokenized_dir or default_folder()),
+        )
+        tokenizer = load_tokenizer(tokenizer_source or text.train_tokenizer(pretrain.vocab_size))
         config = model_config(
             pretrain.model_config,
             vocab_size=len(tokenizer),
@@ -121,17 +170,14 @@ def make_job(
             raise ValueError(
                 f"max_length is {pretrain.max_length}, allowed is up to the model's {config.max_position_embeddings}"
             )
-        train = load_blocks(pretrain.dataset_path, "train", tokenizer, pretrain.max_length)
-        validation = load_blocks(
-            pretrain.dataset_path, "validation", tokenizer, pretrain.max_length, pretrain.max_eval_tokens
-        )
+        train, validation, measure = text.datasets(tokenizer)
 
         def metrics(eval_loss: float) -> dict[str, float]:
             return {
                 # A diverged loss would overflow.
                 "perplexity": math.exp(min(eval_loss, 700.0)),
-                "bits_per_byte": validation.bits_per_byte(eval_loss),
-                "num_eval_tokens": validation.num_tokens,
+                "bits_per_byte": measure.bits_per_byte(eval_loss),
+                "num_eval_tokens": measure.num_tokens,
             }
 
         from transformers import default_data_collator
@@ -139,8 +185,8 @@ def make_job(
         return Parts(
             model=build_model(config, training.seed, settings["dtype"]),
             tokenizer=tokenizer,
-            train_dataset=BlockDataset(train),
-            eval_dataset=BlockDataset(validation),
+            train_dataset=train,
+            eval_dataset=validation,
             collator=default_data_collator,
             metrics=metrics,
         )
@@ -152,8 +198,8 @@ def make_job(
         training=training,
         settings=settings,
         model=Path(pretrain.model_config).stem,
-        data=Path(pretrain.dataset_path).name,
-        data_digest=files_digest(files),
+        data=source.name,
+        data_digest=digest,
         command=["python", "-m", PROG, *(sys.argv[1:] if argv is None else argv)],
         make=make,
     )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
 
@@ -23,11 +23,32 @@ class FinetuneOptions:
     model_name_or_path: str = field(metadata={"help": "folder or hub id of the model"})
     dataset_path: str = field(
         metadata={
-            "help": "folder with train.jsonl or train.json, or one such file; fields instruction, output and, "
-            "optionally, input"
+            "help": "a file or folder with train.jsonl, .json or .parquet (fields instruction, output and, optionally, "
+            "input, or those of a known set); a known set by name (alpaca-gpt4, math10k, commonsense170k, gsm8k, "
+            "mawps, svamp, aqua, boolq, piqa, social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, "
+            "openbookqa); or a hub id"
         }
     )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder with a local copy of the known set, so that the hub is not asked"}
+    )
+    max_malformed: float = field(
+        default=0.0, metadata={"help": "share of malformed records that is left out with a warning; more are refused"}
+    )
+    train_on_inputs: bool = field(
+        default=False, metadata={"help": "learn the prompts, too, instead of the responses alone"}
+    )
     max_length: int = field(default=512, metadata={"help": "longest sequence kept, in tokens"})
+    padding: Literal["longest", "max_length"] = field(
+        default="longest", metadata={"help": "pad a batch to its longest sequence, or always to max_length"}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "put several records into one sequence; attention stays inside a record"}
+    )
+    tokenized_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder that keeps tokens between runs; default: misa/ in the cache of datasets"},
+    )
     validation_samples: int = field(
         default=0,
         metadata={"help": "records for the evaluation loss: out of validation.jsonl if there is one, else held out"},
@@ -86,37 +107,50 @@ def make_job(
     Raises:
         ValueError: If a file is missing or malformed, or a setting is out of range.
     """
-    from misa.data.instruction import InstructionCollator, InstructionDataset, read_instructions
-    from misa.data.records import files_digest, find_split, require_split
+    from misa.data.instruction import InstructionCollator, InstructionDataset
+    from misa.data.sources import find_instructions
+    from misa.data.tokens import default_folder
     from misa.models import load_model, load_tokenizer, resolve_dtype
     from misa.training.run import Job, Parts
 
     if finetune.validation_samples < 0:
         raise ValueError(f"validation_samples is {finetune.validation_samples}, allowed is 0 or more")
-    train_file = require_split(finetune.dataset_path, "train")
-    validation_file = find_split(finetune.dataset_path, "validation") if finetune.validation_samples else None
-    files = [train_file] + ([validation_file] if validation_file else [])
+    source = find_instructions(finetune.dataset_path, finetune.data_dir)
+    records, apart, digest = source.read(finetune.validation_samples > 0, finetune.max_malformed)
+    held_out = (apart or records)[: finetune.validation_samples]
+    if finetune.validation_samples > len(apart or records[1:]):
+        raise ValueError(
+            f"validation_samples is {finetune.validation_samples}, but there are {len(apart or records)} records to "
+            "take them from, and one must be left to train on"
+        )
+    if not apart:
+        records = records[finetune.validation_samples :]
     settings = {**vars(finetune), "dtype": resolve_dtype(finetune.dtype)}
 
     def make() -> Parts:
-        records = read_instructions(train_file, to_learn=True)
-        held_out = read_instructions(validation_file, to_learn=True) if validation_file else records
-        if finetune.validation_samples > len(held_out) - (validation_file is None):
-            raise ValueError(
-                f"validation_samples is {finetune.validation_samples}, but there are {len(held_out)} records to take "
-                "them from, and one must be left to train on"
-            )
-        held_out = held_out[: finetune.validation_samples]
-        if validation_file is None:
-            records = records[finetune.validation_samples :]
         tokenizer = load_tokenizer(finetune.model_name_or_path)
         model = load_model(finetune.model_name_or_path, settings["dtype"])
+
+        def dataset(records: Any) -> InstructionDataset:
+            return InstructionDataset(
+                records,
+                tokenizer,
+                finetune.max_length,
+                train_on_inputs=finetune.train_on_inputs,
+                packing=finetune.packing,
+                tokenized_dir=finetune.tokenized_dir or default_folder(),
+            )
+
         return Parts(
             model=model,
             tokenizer=tokenizer,
-            train_dataset=InstructionDataset(records, tokenizer, finetune.max_length),
-            eval_dataset=InstructionDataset(held_out, tokenizer, finetune.max_length) if held_out else None,
-            collator=InstructionCollator(tokenizer.pad_token_id, keep_all_logits=not _cuts_logits(model)),
+            train_dataset=dataset(records),
+            eval_dataset=dataset(held_out) if held_out else None,
+            collator=InstructionCollator(
+                tokenizer.pad_token_id,
+                keep_all_logits=not _cuts_logits(model),
+                pad_to=finetune.max_length if finetune.padding == "max_length" else None,
+            ),
         )
 
     return Job(
@@ -126,8 +160,8 @@ def make_job(
         training=training,
         settings=settings,
         model=Path(finetune.model_name_or_path).name,
-        data=Path(finetune.dataset_path).stem,
-        data_digest=files_digest(files),
+        data=source.name,
+        data_digest=digest,
         command=["python", "-m", PROG, *(sys.argv[1:] if argv is None else argv)],
         make=make,
     )

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,15 +172,37 @@ def load_blocks(
     Raises:
         ValueError: If the source lacks the split, a record is malformed, or there is less text than one block.
     """
+    path = require_split(source, split)
+
+    def read() -> list[str]:
+        return [record["text"] for record in read_records(path, ("text",))]
+
+    tokens = token_stream(sha256_file(path), read, tokenizer, path.parent / CACHE_FOLDER)
+    return cut_blocks(tokens, tokenizer, max_length, max_tokens, str(path))
+
+
+def cut_blocks(
+    tokens: np.ndarray, tokenizer: Any, max_length: int, max_tokens: int | None = None, source: str = "the text"
+) -> Blocks:
+    """Cut a stream of tokens into blocks of equal length; the rest is dropped.
+
+    Args:
+        tokens: Token ids, one dimension.
+        tokenizer: The tokenizer they come from, to tell how long their text is.
+        max_length: Tokens in one block, at least 2.
+        max_tokens: Use only so many tokens from the start; None for all.
+        source: Name of the text in messages.
+
+    Raises:
+        ValueError: If `max_length` is under 2 or there are fewer tokens than one block.
+    """
     if max_length < 2:
         raise ValueError(f"max_length is {max_length}, allowed is 2 or more")
-    path = require_split(source, split)
-    tokens = _stream(path, tokenizer)
     if max_tokens is not None:
         tokens = tokens[:max_tokens]
     count = len(tokens) // max_length
     if count == 0:
-        raise ValueError(f"{path} has {len(tokens)} tokens, fewer than one block of max_length {max_length}")
+        raise ValueError(f"{source} has {len(tokens)} tokens, fewer than one block of max_length {max_length}")
     kept = np.asarray(tokens[: count * max_length], dtype=np.int32)
     text = tokenizer.decode(kept.tolist(), skip_special_tokens=True)
     return Blocks(kept.reshape(count, max_length), len(text.encode()))
@@ -206,29 +228,38 @@ class BlockDataset:
         return {"input_ids": ids, "labels": ids}
 
 
-def _stream(path: Path, tokenizer: Any) -> np.ndarray:
-    """Return all tokens of a file, from the cache if they are there."""
+def token_stream(digest: str, read: Callable[[], Sequence[str]], tokenizer: Any, cache: Path | None) -> np.ndarray:
+    """Return all tokens of some documents, an end token after each, from the cache if they are there.
+
+    Args:
+        digest: Names the documents by their content.
+        read: Reads them; not called if the tokens are there.
+        tokenizer: A transformers tokenizer with an end token.
+        cache: Folder that keeps the tokens; None, or one that cannot be written, keeps nothing.
+
+    Raises:
+        ValueError: If the tokenizer has no end token.
+    """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token (eos_token) to put between documents")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # Only a fast tokenizer can be named by its content.
-    cache = None
-    if backend is not None:
-        name = hashlib.sha256(f"{sha256_file(path)} {backend.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
-        cache = path.parent / CACHE_FOLDER / f"{name[:32]}.npy"
-        if cache.is_file():
+    kept = None
+    if backend is not None and cache is not None:
+        name = hashlib.sha256(f"{digest} {backend.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
+        kept = cache / f"{name[:32]}.npy"
+        if kept.is_file():
             try:
-                return np.load(cache, mmap_mode="r")
+                return np.load(kept, mmap_mode="r")
             except ValueError:
-                logger.warning("%s is damaged; tokenizing again", cache)
-    records = read_records(path, ("text",))
-    tokens = np.fromiter(_token_ids((record["text"] for record in records), tokenizer), dtype=np.int32)
-    if cache is not None:
-        partial = cache.with_name(f"{cache.stem}.{os.getpid()}.partial.npy")
+                logger.warning("%s is damaged; tokenizing again", kept)
+    tokens = np.fromiter(_token_ids(read(), tokenizer), dtype=np.int32)
+    if kept is not None:
+        partial = kept.with_name(f"{kept.stem}.{os.getpid()}.partial.npy")
         try:
-            cache.parent.mkdir(exist_ok=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             np.save(partial, tokens)
-            partial.replace(cache)
+            partial.replace(kept)
         except OSError as error:
             logger.info("tokens are not kept: %s", error)
     return tokens

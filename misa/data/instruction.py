@@ -7,13 +7,15 @@ import it, so that a model is asked in the words it was trained with.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from misa.data.records import Record, read_records
+from misa.data.packing import IGNORED, pack
+from misa.data.records import Record, read_records, records_digest
+from misa.data.tokens import cached_tokens, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ INSTRUCTION_HEADING = "### Instruction:"
 INPUT_HEADING = "### Input:"
 RESPONSE_HEADING = "### Response:"
 
-# Labels with this value carry no loss, in torch and in transformers.
-IGNORED = -100
+# Part of the name of kept tokens: to be raised with every change of the prompt or of `encode`.
+TEMPLATE_VERSION = 1
 
 REQUIRED_FIELDS = ("instruction", "output")
 
@@ -74,7 +76,9 @@ def read_instructions(path: str | Path, to_learn: bool = False) -> list[Record]:
     return records
 
 
-def encode(record: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+def encode(
+    record: Mapping[str, Any], tokenizer: Any, max_length: int, train_on_inputs: bool = False
+) -> dict[str, list[int]]:
     """Turn a record into token ids and labels.
 
     The prompt's labels are `IGNORED`. The response is followed by the tokenizer's end token, which has a label like
@@ -84,6 +88,7 @@ def encode(record: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[s
         record: Fields `instruction`, `output`, optionally `input`.
         tokenizer: A transformers tokenizer with an end token.
         max_length: Tokens kept, counted from the start.
+        train_on_inputs: Give the prompt labels, too.
 
     Returns:
         `input_ids` and `labels` of equal length, at most `max_length`.
@@ -96,7 +101,7 @@ def encode(record: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[s
     response = [*response, tokenizer.eos_token_id]
     return {
         "input_ids": [*prompt, *response][:max_length],
-        "labels": [*[IGNORED] * len(prompt), *response][:max_length],
+        "labels": [*(prompt if train_on_inputs else [IGNORED] * len(prompt)), *response][:max_length],
     }
 
 
@@ -110,28 +115,55 @@ class InstructionDataset(torch.utils.data.Dataset[dict[str, list[int]]]):
         records: Records as `read_instructions` gives them.
         tokenizer: A transformers tokenizer with an end token.
         max_length: Longest sequence kept, in tokens, at least 2.
+        train_on_inputs: Learn the prompts, too, instead of the responses alone.
+        packing: Put several records into one sequence, see `misa.data.packing`.
+        tokenized_dir: Folder that keeps the tokens between runs; None keeps them in memory alone.
 
     Attributes:
-        lengths: Length of each item, in tokens.
+        items: The sequences, each a dictionary of lists.
+        lengths: Length of each sequence, in tokens.
 
     Raises:
         ValueError: If the tokenizer has no end token, `max_length` is under 2, or no record is left.
     """
 
-    def __init__(self, records: Sequence[Record], tokenizer: Any, max_length: int = 512) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        tokenizer: Any,
+        max_length: int = 512,
+        train_on_inputs: bool = False,
+        packing: bool = False,
+        tokenized_dir: str | Path | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token (eos_token), so the end of a response cannot be taught")
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}, allowed is 2 or more")
-        encoded = [encode(record, tokenizer, max_length) for record in records]
-        # The first token is never predicted, so a label there does not count.
-        self.items = [item for item in encoded if any(label != IGNORED for label in item["labels"][1:])]
-        self.lengths = [len(item["input_ids"]) for item in self.items]
-        left_out = len(encoded) - len(self.items)
-        if not self.items:
-            raise ValueError(f"max_length {max_length} leaves no room for a response in any of {len(encoded)} records")
+
+        def sequences() -> Iterator[dict[str, list[int]]]:
+            encoded = (encode(record, tokenizer, max_length, train_on_inputs) for record in records)
+            # The first token is never predicted, so a label there does not count.
+            kept = (item for item in encoded if any(label != IGNORED for label in item["labels"][1:]))
+            return pack(kept, max_length) if packing else ({**item, "num_records": [1]} for item in kept)
+
+        identity = tokenizer_digest(tokenizer) if tokenized_dir is not None else None
+        key = {
+            "records": records_digest(records) if identity else None,
+            "tokenizer": identity,
+            "template_version": TEMPLATE_VERSION,
+            "max_length": max_length,
+            "train_on_inputs": train_on_inputs,
+            "packing": packing,
+        }
+        table = cached_tokens(tokenized_dir if identity else None, key, sequences)
+        if len(table) == 0:
+            raise ValueError(f"max_length {max_length} leaves no room for a response in any of {len(records)} records")
+        left_out = len(records) - sum(count for (count,) in table["num_records"])
+        self.items = table.remove_columns("num_records")
+        self.lengths = [len(ids) for ids in self.items["input_ids"]]
         if left_out:
-            logger.warning("left out %d of %d records: prompt longer than max_length", left_out, len(encoded))
+            logger.warning("left out %d of %d records: prompt longer than max_length", left_out, len(records))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -147,31 +179,45 @@ class InstructionCollator:
     the batch names the positions at which some row has a label (`logits_to_keep`, one list for all rows) and
     carries the labels shifted and cut to them (`shift_labels`); loss and gradients are those of the full logits.
 
+    Packed items bring `position_ids` that begin anew with each record. Their batch has no `attention_mask`: from the
+    positions alone transformers builds one that keeps the records apart.
+
     Args:
         pad_token_id: Id to pad with; masked by attention, and its labels are `IGNORED`.
         keep_all_logits: Leave out `logits_to_keep` and `shift_labels`, for a model whose `forward` does not know them.
+        pad_to: Length of every batch, in tokens; None for that of its longest item.
     """
 
-    def __init__(self, pad_token_id: int, keep_all_logits: bool = False) -> None:
+    def __init__(self, pad_token_id: int, keep_all_logits: bool = False, pad_to: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.keep_all_logits = keep_all_logits
+        self.pad_to = pad_to
 
-    def __call__(self, items: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `attention_mask`, `labels` of shape [rows, longest] and the cut labels."""
-        shape = (len(items), max(len(item["input_ids"]) for item in items))
-        input_ids = torch.full(shape, self.pad_token_id)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORED)
-        for row, item in enumerate(items):
-            length = len(item["input_ids"])
-            input_ids[row, :length] = torch.tensor(item["input_ids"])
-            attention_mask[row, :length] = 1
-            labels[row, :length] = torch.tensor(item["labels"])
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    def __call__(self, items: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
+        """Return `input_ids`, `attention_mask` or `position_ids`, `labels` of shape [rows, length], and cut labels."""
+        length = max(self.pad_to or 0, *(len(item["input_ids"]) for item in items))
+        batch: dict[str, Any] = {
+            "input_ids": self._padded(items, "input_ids", length, lambda missing: [self.pad_token_id] * missing),
+            "labels": self._padded(items, "labels", length, lambda missing: [IGNORED] * missing),
+        }
+        if "position_ids" in items[0]:
+            # The padding counts as one more record, which nothing attends to and which has no labels.
+            batch["position_ids"] = self._padded(items, "position_ids", length, lambda missing: list(range(missing)))
+            # With a cache of keys and values, transformers does not look for borders in the positions.
+            batch["use_cache"] = False
+        else:
+            ones = [{"mask": [1] * len(item["input_ids"])} for item in items]
+            batch["attention_mask"] = self._padded(ones, "mask", length, lambda missing: [0] * missing)
         if not self.keep_all_logits:
             # Position t predicts token t + 1.
-            shifted = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
             positions = (shifted != IGNORED).any(dim=0).nonzero().flatten()
             batch["shift_labels"] = shifted[:, positions].contiguous()
             batch["logits_to_keep"] = positions
         return batch
+
+    @staticmethod
+    def _padded(
+        items: Sequence[Mapping[str, list[int]]], name: str, length: int, padding: Callable[[int], list[int]]
+    ) -> torch.Tensor:
+        return torch.tensor([[*item[name], *padding(length - len(item[name]))] for item in items])

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from misa.files import sha256_file, write_text
 
+logger = logging.getLogger(__name__)
+
 Record = dict[str, Any]
 
 DIGEST_FILE = "digest.json"
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+# How many malformed records a message names one by one.
+NUM_NAMED = 3
 
 
 def find_split(source: str | Path, split: str) -> Path | None:
     """Find the file of one split.
 
     Args:
-        source: A folder that holds `<split>.jsonl` or `<split>.json`, or one such file, which is then split "train".
+        source: A folder that holds `<split>.jsonl`, `.json` or `.parquet`, or one such file, then split "train".
         split: Name of the split, such as "train", "validation" or "test".
 
     Returns:
@@ -33,7 +41,7 @@ def find_split(source: str | Path, split: str) -> Path | None:
         return source if split == "train" else None
     if not source.is_dir():
         raise ValueError(f"data source {source} is neither a folder nor a file")
-    for suffix in (".jsonl", ".json"):
+    for suffix in SUFFIXES:
         if (path := source / f"{split}{suffix}").is_file():
             return path
     return None
@@ -48,40 +56,105 @@ def require_split(source: str | Path, split: str) -> Path:
     path = find_split(source, split)
     if path is None:
         present = sorted(entry.name for entry in Path(source).iterdir()) if Path(source).is_dir() else []
-        raise ValueError(f"{source} has no {split}.jsonl or {split}.json; it holds {', '.join(present) or 'nothing'}")
+        wanted = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+        raise ValueError(f"{source} has no {wanted}; it holds {', '.join(present) or 'nothing'}")
     return path
 
 
-def read_records(path: str | Path, required: Iterable[str]) -> list[Record]:
-    """Read a file of JSON objects, one a line (`.jsonl`) or as one list (`.json`).
+def read_records(path: str | Path, required: Iterable[str], max_malformed: float = 0.0) -> list[Record]:
+    """Read a file of JSON objects, one a line (`.jsonl`) or as one list (`.json`), or of rows (`.parquet`).
 
     Args:
         path: The file, UTF-8.
         required: Fields that every record must have, with text in them.
+        max_malformed: Share of the records that may be malformed and is then left out with one warning, 0 to below 1.
 
     Returns:
         The records in file order.
 
     Raises:
-        ValueError: If the file is missing, empty, not JSON, or a record lacks a field; the message names the file and
-            the line (for a `.json` list the number of the record, counted from 1).
+        ValueError: If the file is missing, empty or unreadable as a whole, or too many records are malformed; the
+            message names the file and the line (for a `.json` list the number of the record, for `.parquet` the row,
+            counted from 1).
+    """
+    required = tuple(required)
+
+    def check(record: Record) -> Record:
+        require_text(record, required)
+        return record
+
+    return sound_records(numbered_records(path), check, max_malformed, str(path))
+
+
+def require_text(record: Mapping[str, Any], fields: Iterable[str]) -> None:
+    """Check that a record has some fields, with text in them.
+
+    Raises:
+        ValueError: If a field is missing or holds something else.
+    """
+    for field in fields:
+        if field not in record:
+            raise ValueError(f"field {field!r} is missing; the record has {', '.join(map(repr, record))}")
+        if not isinstance(record[field], str):
+            raise ValueError(f"field {field!r} must be text, found {type(record[field]).__name__}")
+
+
+def numbered_records(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """Read a file and say of each record where it stands.
+
+    Args:
+        path: A `.json` list, `.parquet`, or, with any other ending, a file of JSON lines.
+
+    Yields:
+        Place ("FILE, line 7") and record; where a line is no JSON, a `ValueError` that says why stands for the record.
+
+    Raises:
+        ValueError: If the file is missing or cannot be read as a whole.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no data file at {path}")
-    required = tuple(required)
-    records = []
-    for where, record in _json_list(path) if path.suffix == ".json" else _json_lines(path):
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        for field in required:
-            if field not in record:
-                raise ValueError(f"{where}: field {field!r} is missing; the record has {', '.join(map(repr, record))}")
-            if not isinstance(record[field], str):
-                raise ValueError(f"{where}: field {field!r} must be text, found {type(record[field]).__name__}")
-        records.append(record)
+    readers = {".json": _json_list, ".parquet": _parquet_rows}
+    return readers.get(path.suffix, _json_lines)(path)
+
+
+def sound_records(
+    numbered: Iterable[tuple[str, Any]], check: Callable[[Record], Record], max_malformed: float, source: str
+) -> list[Record]:
+    """Check records one by one, and leave out the malformed ones as long as they are few.
+
+    Args:
+        numbered: Place and record, as `numbered_records` gives them.
+        check: Returns the record to keep, or raises `ValueError` for a malformed one.
+        max_malformed: Largest share of malformed records, 0 to below 1.
+        source: Name of the whole in messages.
+
+    Raises:
+        ValueError: If there is no record, or too many are malformed; the first few are named.
+    """
+    if not 0 <= max_malformed < 1:
+        raise ValueError(f"max_malformed is {max_malformed}, allowed is a share from 0 to below 1")
+    records, faults, count = [], [], 0
+    for where, record in numbered:
+        count += 1
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            if not isinstance(record, dict):
+                raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+            records.append(check(record))
+        except ValueError as error:
+            faults.append(f"{where}: {error}")
+    if count == 0:
+        raise ValueError(f"{source} holds no records")
+    if faults:
+        named = "; ".join(faults[:NUM_NAMED]) + ("; ..." if len(faults) > NUM_NAMED else "")
+        share = f"{len(faults)} of {count} records malformed"
+        if len(faults) > max_malformed * count:
+            raise ValueError(f"{named} ({share}, max_malformed allows a share of {max_malformed:g})")
+        logger.warning("%s: %s and left out: %s", source, share, named)
     if not records:
-        raise ValueError(f"{path} holds no records")
+        raise ValueError(f"{source} holds no records that are not malformed")
     return records
 
 
@@ -93,6 +166,14 @@ def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Pat
         records: The records, written in the order given and with the order of their fields.
     """
     return write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def records_digest(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return one SHA-256 over records, their fields sorted, in the order given."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, ensure_ascii=False, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def files_digest(paths: Iterable[str | Path]) -> str:
@@ -163,7 +244,7 @@ def already_made(folder: str | Path, kind: str, settings: Record) -> bool:
     return True
 
 
-def _json_lines(path: Path) -> Iterable[tuple[str, Any]]:
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8") as stream:
         try:
             for number, line in enumerate(stream, start=1):
@@ -173,12 +254,12 @@ def _json_lines(path: Path) -> Iterable[tuple[str, Any]]:
                 try:
                     yield where, json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+                    yield where, ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _json_list(path: Path) -> Iterable[tuple[str, Any]]:
+def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -189,3 +270,18 @@ def _json_list(path: Path) -> Iterable[tuple[str, Any]]:
         raise ValueError(f"{path}: expected a list of records, found {type(content).__name__}")
     for number, record in enumerate(content, start=1):
         yield f"{path}, record {number}", record
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        number = 0
+        for batch in batches:
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from error

@@ -35,6 +35,8 @@ INCIDENTAL_PREFIXES = ("dataloader_", "hub_", "log_", "push_to_", "save_", "trac
 INCIDENTAL = frozenset(
     (
         *("output_dir", "checkpoint_dir", "keep_checkpoints", "overwrite_output_dir", "run", "method_settings"),
+        # The digest of the data says what they hold.
+        *("data_dir", "tokenized_dir"),
         *("disable_tqdm", "report_to", "run_name", "project", "skip_memory_metrics", "logging_dir"),
         *("do_train", "do_eval", "do_predict", "local_rank", "enable_jit_checkpoint", "use_cpu"),
         *("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
@@ -270,9 +272,7 @@ def _train(trainer: Any, meter: Any, checkpoint: Path | None) -> None:
         trainer.state = state
         meter.restore(state)
         return
-    # The evaluation before the first step is in the record already.
-    trainer.args.eval_on_start = False
-    trainer.train(resume_from_checkpoint=str(checkpoint))
+    trainer.continue_from(checkpoint)
 
 
 def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import rotate_checkpoints
 
 from misa.data.sampling import SeededSampler
+from misa.files import write_text
 from misa.training.checkpoints import STAGING_FOLDER, seal
+
+# Where a streamed data set stood.
+STREAM_FILE = "stream.json"
 
 
 class Trainer(transformers.Trainer):
@@ -39,6 +44,27 @@ class Trainer(transformers.Trainer):
         if isinstance(sampler, RandomSampler) or strategy == "group_by_length":
             return SeededSampler(len(dataset), seed)
         return sampler
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Train on from a checkpoint.
+
+        A streamed data set goes on reading where it stood; transformers would read everything before it again.
+
+        Args:
+            checkpoint: Folder of the checkpoint.
+        """
+        # The evaluation before the first step is in the record already.
+        changed = {"eval_on_start": False}
+        if (checkpoint / STREAM_FILE).is_file():
+            self.train_dataset.resume(json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")))
+            changed["ignore_data_skip"] = True
+        asked = {name: getattr(self.args, name) for name in changed}
+        vars(self.args).update(changed)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint))
+        finally:
+            # The run's record shows what was asked for.
+            vars(self.args).update(asked)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -66,6 +92,10 @@ class Trainer(transformers.Trainer):
             # The pickled arguments hold absolute paths and are not needed to continue.
             with contextlib.suppress(FileNotFoundError):
                 (staging / name / "training_args.bin").unlink()
+            if hasattr(self.train_dataset, "position"):
+                items = self.state.global_step * self._train_batch_size * self.args.gradient_accumulation_steps
+                position = self.train_dataset.position(items * self.args.world_size)
+                write_text(staging / name / STREAM_FILE, json.dumps(position))
             seal(staging / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (staging / name).replace(folder / name)

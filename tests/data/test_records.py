@@ -54,7 +54,7 @@ def test_splits_are_found_in_folders_and_files(tmp_path: Path) -> None:
     assert find_split(tmp_path, "validation") is None
     assert find_split(tmp_path / "train.jsonl", "train") == tmp_path / "train.jsonl"
     assert find_split(tmp_path / "train.jsonl", "test") is None
-    with pytest.raises(ValueError, match=r"has no validation\.jsonl or validation\.json; it holds test\.json, train"):
+    with pytest.raises(ValueError, match=r"has no validation\.jsonl or .*\.parquet; it holds test\.json, train"):
         require_split(tmp_path, "validation")
     with pytest.raises(ValueError, match="neither a folder nor a file"):
         find_split(tmp_path / "elsewhere", "train")

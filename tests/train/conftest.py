@@ -12,6 +12,7 @@ import pytest
 from misa.data.corpus import train_tokenizer
 from misa.data.records import write_records
 from misa.models import build_model
+from misa.training.trainer import Schedule
 
 WORDS = (
     *("red", "green", "blue", "round", "square", "heavy", "light", "old", "new"),
@@ -69,6 +70,7 @@ def finetune(small: Path, tmp_path: Path) -> Callable[..., int]:
             "model_name_or_path": small / "model",
             "dataset_path": small / "instructions",
             "output_dir": tmp_path / name,
+            "tokenized_dir": tmp_path / "tokens",
             "dtype": "float32",
             "validation_samples": 4,
             "learning_rate": 1e-2,
@@ -94,6 +96,7 @@ def pretrain_words(small: Path, tmp_path: Path) -> Callable[..., list[str]]:
             "model_config": small / "tiny.json",
             "dataset_path": small / "corpus",
             "output_dir": tmp_path / name,
+            "tokenized_dir": tmp_path / "tokens",
             "max_length": 32,
             "max_eval_tokens": 320,
             "learning_rate": 1e-2,
@@ -106,6 +109,22 @@ def pretrain_words(small: Path, tmp_path: Path) -> Callable[..., list[str]]:
         return command_line({**defaults, **options}, more)
 
     return words
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Kill the next run after a step, before anything of that step is logged or saved; None kills no more."""
+    original = Schedule.on_step_end
+
+    def choose(step: int | None) -> None:
+        def on_step_end(self: Schedule, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step == step:
+                raise Killed
+            return original(self, args, state, control, **kwargs)
+
+        monkeypatch.setattr(Schedule, "on_step_end", on_step_end)
+
+    return choose
 
 
 def command_line(options: dict[str, Any], words: tuple[Any, ...]) -> list[str]:

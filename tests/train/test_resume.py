@@ -16,7 +16,6 @@ import pytest
 from misa.results import read_result
 from misa.training import run
 from misa.training.checkpoints import checkpoints, fault, latest_checkpoint
-from misa.training.trainer import Schedule
 
 from .conftest import Killed, outcome
 
@@ -27,22 +26,6 @@ METHODS = {
     "lora": {"method": "lora", "lora_r": 4, "lora_dropout": 0.2},
     "badam": {"method": "badam", "interval": 2},
 }
-
-
-@pytest.fixture
-def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Kill the next run after a step, before anything of that step is logged or saved; None kills no more."""
-    original = Schedule.on_step_end
-
-    def choose(step: int | None) -> None:
-        def on_step_end(self: Schedule, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if state.global_step == step:
-                raise Killed
-            return original(self, args, state, control, **kwargs)
-
-        monkeypatch.setattr(Schedule, "on_step_end", on_step_end)
-
-    return choose
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,6 +42,19 @@ def test_killed_run_ends_as_if_it_had_not_been(
     assert finetune("killed", **METHODS[method]) == 0
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert checkpoints(tmp_path / "killed" / "checkpoints") == []
+
+
+def test_killed_run_is_recognised(
+    finetune: Callable[..., int], kill_at: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    """Going on evaluates nothing before its first step, but the record says what was asked for."""
+    kill_at(5)
+    with pytest.raises(Killed):
+        finetune("killed", "--eval_on_start")
+    kill_at(None)
+    assert finetune("killed", "--eval_on_start") == 0
+    assert finetune("killed", "--eval_on_start") == 0
+    assert read_result(tmp_path / "killed").config["eval_on_start"] is True
 
 
 def test_two_runs_of_one_command_are_bit_identical(finetune: Callable[..., int], tmp_path: Path) -> None:
