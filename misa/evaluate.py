@@ -62,8 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from transformers import HfArgumentParser
 
+    from misa.training.published import translate_evaluate
+
     parser = HfArgumentParser(EvaluateArguments, prog="python -m misa.evaluate", description=__doc__)
-    (arguments,) = parser.parse_args_into_dataclasses(args=list(argv) if argv is not None else None)
+    try:
+        words = translate_evaluate(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"misa.evaluate: error: {error}", file=sys.stderr)
+        return 2
+    (arguments,) = parser.parse_args_into_dataclasses(args=words)
     try:
         evaluate(arguments, ["python", "-m", "misa.evaluate", *(sys.argv[1:] if argv is None else argv)])
     except (ValueError, OSError) as error:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from misa.models import LoadingOptions
 from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+from misa.training.published import translate_pretrain
 
 PROG = "misa.pretrain"
 USAGE = "python -m misa.pretrain --model_config SIZE --dataset_path CORPUS --method METHOD --output_dir DIR [options]"
@@ -50,21 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0 done, 2 something asked for is wrong, 130 interrupted.
+        Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
     """
 
     def job() -> Any:
         options = parse(
-            (RunOptions, PretrainOptions, MethodOptions, CommonTrainingOptions),
-            argv,
+            (RunOptions, PretrainOptions, MethodOptions, CommonTrainingOptions, LoadingOptions),
+            translate_pretrain(sys.argv[1:] if argv is None else argv),
             prog=PROG,
             usage=USAGE,
             description=__doc__ or "",
             # Blocks are all equally long, and their end tokens are text, not padding.
             defaults={"include_num_input_tokens_seen": "all"},
         )
-        run, pretrain, method, _, training = options
-        return make_job(run, pretrain, method, training, argv)
+        run, pretrain, method, _, loading, training = options
+        return make_job(run, pretrain, method, training, argv, loading)
 
     try:
         from misa.training.run import run_command
@@ -75,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_job(
-    run: RunOptions, pretrain: PretrainOptions, method: MethodOptions, training: Any, argv: Sequence[str] | None = None
+    run: RunOptions,
+    pretrain: PretrainOptions,
+    method: MethodOptions,
+    training: Any,
+    argv: Sequence[str] | None = None,
+    loading: LoadingOptions | None = None,
 ) -> Any:
     """Describe a pre-training run for `misa.training.run.carry_out`.
 
@@ -85,15 +92,17 @@ def make_job(
         method: Method and its options.
         training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
         argv: Command line to record; None takes the process's.
+        loading: How model and tokenizer are loaded; None means the defaults.
 
     Raises:
         ValueError: If a file is missing or malformed, or a setting is out of range.
     """
     from misa.data.corpus import BlockDataset, load_blocks
     from misa.data.records import files_digest, require_split
-    from misa.models import build_model, load_tokenizer, model_config, resolve_dtype
+    from misa.models import build_model, load_model, load_tokenizer, model_config, resolve_dtype
     from misa.training.run import Job, Parts
 
+    loading = loading or LoadingOptions()
     if pretrain.max_eval_tokens < pretrain.max_length:
         raise ValueError(
             f"max_eval_tokens is {pretrain.max_eval_tokens}, allowed is max_length ({pretrain.max_length}) or more"
@@ -104,12 +113,13 @@ def make_job(
         files.append(vocabulary)
     settings = {
         **vars(pretrain),
+        **vars(loading),
         "tokenizer_name_or_path": str(tokenizer_source),
         "dtype": resolve_dtype(pretrain.dtype),
     }
 
     def make() -> Parts:
-        tokenizer = load_tokenizer(tokenizer_source)
+        tokenizer = load_tokenizer(tokenizer_source, loading)
         config = model_config(
             pretrain.model_config,
             vocab_size=len(tokenizer),
@@ -137,7 +147,9 @@ def make_job(
         from transformers import default_data_collator
 
         return Parts(
-            model=build_model(config, training.seed, settings["dtype"]),
+            model=load_model(weights, settings["dtype"], loading)
+            if (weights := run.model_source(None)) is not None
+            else build_model(config, training.seed, settings["dtype"], loading.attn_implementation),
             tokenizer=tokenizer,
             train_dataset=BlockDataset(train),
             eval_dataset=BlockDataset(validation),

@@ -52,13 +52,14 @@ def _classes() -> tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer]
     class LayerwiseGaLore(PlainGaLore):
         def __init__(self, params: Any, **options: Any) -> None:
             super().__init__(params, **options)
-            for group in self.param_groups:
+            for i, group in enumerate(self.param_groups):
                 for p in group["params"]:
-                    p.register_post_accumulate_grad_hook(partial(self._apply, group))
+                    # By number: loading a state makes new groups.
+                    p.register_post_accumulate_grad_hook(partial(self._apply, i))
 
-        def _apply(self, group: dict[str, Any], p: torch.Tensor) -> None:
+        def _apply(self, i: int, p: torch.Tensor) -> None:
             groups = self.param_groups
-            self.param_groups = [group]
+            self.param_groups = [groups[i]]
             try:
                 super().step()
             finally:

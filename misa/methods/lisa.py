@@ -1,4 +1,4 @@
-"""LISA: a few layers at a time, with embeddings and head always on; as its paper has it, and as the MISA authors ran it.
+"""LISA: some layers at a time, with embeddings and head always on; as its paper has it, and as the MISA authors ran it.
 
 Their baseline takes the layers one after the other, so it is LISA in what it always trains, not in how it draws.
 """

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
@@ -16,6 +18,10 @@ from misa.data.sampling import SeededSampler
 from misa.training.checkpoints import STAGING_FOLDER, seal
 
 
+class DivergedError(RuntimeError):
+    """A loss is not a finite number; the message names the step and the records."""
+
+
 class Trainer(transformers.Trainer):
     """Trainer whose data order depends on the seed alone, and which moves a checkpoint into place when it is whole.
 
@@ -23,7 +29,47 @@ class Trainer(transformers.Trainer):
     random numbers first (LoRA's adapters) would see other batches, and a resumed run would not find its order again.
     """
 
+    stop_on_nan = True
     _staging: str | None = None
+    # Losses of this step's passes that have not been looked at yet.
+    _losses: list[Any]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass, and look at its loss: at once on a processor, elsewhere once a step, to wait less often."""
+        loss = super().training_step(*args, **kwargs)
+        if not self.stop_on_nan:
+            return loss
+        self._losses = [*getattr(self, "_losses", []), loss.detach()]
+        last = self.accelerator.sync_gradients
+        if last or loss.device.type == "cpu":
+            losses = self._losses
+            finite = [bool(value) for value in torch.isfinite(torch.stack(losses))]
+            if not all(finite):
+                bad = finite.index(False)
+                self._losses = []
+                raise DivergedError(self._divergence(float(losses[bad]), bad))
+            if last:
+                self._losses = []
+        return loss
+
+    def _divergence(self, loss: float, number: int) -> str:
+        """Say at which step and for which records the loss broke."""
+        where = f"loss is {loss} at step {self.state.global_step + 1}"
+        try:
+            sampler = self._get_train_sampler()
+            size = self._train_batch_size
+            accumulation = self.args.gradient_accumulation_steps
+            in_epoch = math.ceil(len(sampler) / (size * self.args.world_size))
+            steps = math.ceil(in_epoch / accumulation)
+            epoch, step = divmod(self.state.global_step, steps)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            begin = (step * accumulation + number) * size * self.args.world_size
+            records = list(sampler)[begin : begin + size * self.args.world_size]
+        except TypeError:
+            # A stream has no length.
+            return f"{where}, pass {number + 1} of the step"
+        return f"{where} (epoch {epoch + 1}), in the batch of training records {', '.join(map(str, records))}"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
