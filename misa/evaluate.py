@@ -31,10 +31,10 @@ class EvaluateArguments:
         metadata={"help": "checkpoint folder, PEFT adapter folder (its base is found), or hub id"}
     )
     tasks: str = field(metadata={"help": "task names, separated by commas: misa_family, perplexity"})
-    data_dir: str = field(
-        metadata={"help": "folder with the tasks' data: test.jsonl, or validation.jsonl for perplexity"}
-    )
     output_dir: str = field(metadata={"help": "folder for result.json and lm_eval.json"})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder with the tasks' data: test.jsonl, or validation.jsonl for perplexity"}
+    )
     run: str | None = field(default=None, metadata={"help": "name of this evaluation (default: the output folder's)"})
     limit: int | None = field(default=None, metadata={"help": "score only so many documents of each task"})
     batch_size: int = field(default=16, metadata={"help": "documents at a time, padded on the left to the longest"})
@@ -102,6 +102,8 @@ def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
     from misa.results import RESULT_FILE
 
     tasks = _checked_tasks(arguments)
+    if arguments.data_dir is None:
+        raise ValueError("data_dir is missing: name the folder with the tasks' data")
     folder = ModelFolder(arguments.model_name_or_path, arguments.offline)
     files = data_files(tasks, arguments.data_dir)
     config = _resolve(arguments, tasks, folder, files)

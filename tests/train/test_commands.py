@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -200,17 +202,102 @@ def test_pretraining_reports_perplexity_and_bits(pretrain_words: Callable[..., l
     assert model.config.vocab_size == len(load_tokenizer(tmp_path / "adamw-s0" / "model"))
 
 
-def test_diverged_run_says_so(pretrain_words: Callable[..., list[str]], tmp_path: Path) -> None:
-    words = pretrain_words("wild", method="adamw", learning_rate=1e30, max_grad_norm=0, lr_scheduler_type="constant")
-    assert pretrain.main(words) == 0
+def test_diverged_run_stops_with_step_and_records(
+    pretrain_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"method": "adamw", "learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    assert pretrain.main(pretrain_words("wild", gradient_accumulation_steps=2, **options)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    found = re.search(
+        r"loss is (?:nan|inf) at step ([2-4]) \(epoch 1\), in the batch of training records (\d+), (\d+);", error
+    )
+    assert found, error
+    # The same order the run took them in: two passes of two blocks a step.
+    step, *records = map(int, found.groups())
+    words = pretrain_words("order", gradient_accumulation_steps=2, method="adamw", max_steps=1)
+    seen = batches_of(words)
+    assert records in (seen[2 * step - 2], seen[2 * step - 1])
+    assert not (tmp_path / "wild" / "result.json").exists()
+
+
+def batches_of(words: list[str]) -> list[list[int]]:
+    """The records of each pass of the first epoch."""
+    from misa.data.corpus import load_blocks
+    from misa.data.sampling import SeededSampler
+
+    value = dict(zip(words[::2], words[1::2], strict=True))
+    tokenizer = load_tokenizer(Path(value["--dataset_path"]) / "tokenizer")
+    num_blocks = len(load_blocks(value["--dataset_path"], "train", tokenizer, int(value["--max_length"])))
+    order = list(SeededSampler(num_blocks, int(value["--seed"])))
+    return [order[i : i + 2] for i in range(0, len(order), 2)]
+
+
+def test_diverged_run_can_go_on_and_says_so(pretrain_words: Callable[..., list[str]], tmp_path: Path) -> None:
+    options = {"method": "adamw", "learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    assert pretrain.main(pretrain_words("wild", stop_on_nan="false", **options)) == 0
     result = read_result(tmp_path / "wild")
     assert not math.isfinite(result.metrics["final_train_loss"])
     assert not math.isfinite(result.metrics["eval_loss"])
 
 
+def test_full_disk_is_found_before_training(
+    finetune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 300_000, 300_000))
+    assert finetune("run", method="adamw") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has 0 MiB free, but this run needs about" in error
+    assert not list(tmp_path.glob("run/checkpoints/checkpoint-*"))
+    # Without checkpoints the model alone, of about 200 KB, is left to write.
+    assert finetune("run", method="adamw", save_strategy="no") == 0
+
+
+def test_progress_shows_blocks_and_peak(finetune: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune("run", method="badam", max_steps=2) == 0
+    line = r"step 2/2  loss \d\.\d+  lr \S+  \d+ tokens/s  active 0\.0\d+M in 1 blocks  peak \d\.\d\d GiB"
+    assert re.search(line, capsys.readouterr().err)
+
+
+def test_run_continues_from_a_checkpoint_elsewhere_and_from_a_model(
+    finetune: Callable[..., int], small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("whole", "--keep_checkpoints", method="misa", budget=0.2, interval=2) == 0
+    checkpoint = tmp_path / "whole" / "checkpoints" / "checkpoint-6"
+    assert finetune("rest", method="misa", budget=0.2, interval=2, continue_from=checkpoint) == 0
+    assert outcome(tmp_path / "rest") == outcome(tmp_path / "whole")
+    # A model folder gives the weights alone: the curve begins where the model ended.
+    assert finetune("on", "--eval_on_start", method="misa", continue_from=tmp_path / "whole" / "model") == 0
+    first = next(p for p in read_curves(tmp_path / "on") if p.metric == "eval_loss")
+    assert first.step == 0
+    assert first.value == pytest.approx(read_result(tmp_path / "whole").metrics["eval_loss"], rel=1e-5)
+    (checkpoint / "optimizer.pt").unlink()
+    assert finetune("broken", method="misa", budget=0.2, interval=2, continue_from=checkpoint) == 2
+    assert "optimizer.pt is missing" in capsys.readouterr().err
+    assert finetune("none", continue_from=tmp_path / "nowhere") == 2
+    assert "which is no folder" in capsys.readouterr().err
+
+
+def test_model_need_not_be_written(finetune: Callable[..., int], tmp_path: Path) -> None:
+    assert finetune("run", method="misa", max_steps=2, save_model="false") == 0
+    assert not (tmp_path / "run" / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words", "message"),
     [
+        ({"report_to": "trackio"}, [], "report_to is 'trackio', which is not installed: pip install trackio"),
+        ({"optim": "adafactor"}, [], "--optim is 'adafactor', but the optimizer is chosen by --method"),
+        ({"method": "galore_layerwise"}, [], "cannot be clipped together: max_grad_norm is 1.0, allowed is 0"),
+        (
+            {"method": "misa", "max_grad_norm": 0, "gradient_accumulation_steps": 2},
+            ["--step_in_backward", "true"],
+            "cannot be accumulated: gradient_accumulation_steps is 2, allowed is 1",
+        ),
+        ({}, ["--evaluate_at_last"], "evaluate_at_last: task_name is None, allowed is math, commonsense"),
+        ({"attn_implementation": "best"}, [], "best"),
+        ({"gguf_file": "no.gguf"}, [], "no file at"),
+        ({"model_name_or_path": "no.gguf"}, [], "no file at no.gguf"),
         ({"model_name_or_path": "./nowhere"}, [], "no folder at ./nowhere"),
         ({"dataset_path": "./nowhere"}, [], "data source nowhere is neither a folder nor a file"),
         ({"method": "magic"}, [], "method='magic': must be one of adamw, lora"),
