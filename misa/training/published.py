@@ -160,6 +160,8 @@ def translate_pretrain(words: Sequence[str]) -> list[str]:
     _batch(line)
     if in_their_style:
         line.ours.setdefault("eval_strategy", "steps")
+        if "dataset_path" not in line.own:
+            line.ours["dataset_path"] = "c4"
     elif "eval_every" in line.given:
         line.set("eval_strategy", "steps", "eval_every")
     if in_their_style or "scheduler" in line.given or "min_lr_ratio" in line.given:

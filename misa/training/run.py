@@ -24,6 +24,7 @@ from misa.results import (
 )
 from misa.training.checkpoints import RUN_FILE, checkpoints, fault, latest_checkpoint, remove_checkpoints, step_of
 from misa.training.curves import curve_points, mean_loss
+from misa.training.errors import DivergedError
 from misa.training.options import MethodOptions, RunOptions
 from misa.training.space import require_space
 
@@ -344,8 +345,6 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
     logging.getLogger("misa").setLevel(logging.INFO)
 
     from transformers.utils import logging as transformers_logging
-
-    from misa.training.trainer import DivergedError
 
     # Its bars, of reading and writing model files, would break up the log; the run's own bar is another.
     transformers_logging.disable_progress_bar()

@@ -16,10 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from misa.data.sampling import SeededSampler
 from misa.training.checkpoints import STAGING_FOLDER, seal
-
-
-class DivergedError(RuntimeError):
-    """A loss is not a finite number; the message names the step and the records."""
+from misa.training.errors import DivergedError
 
 
 class Trainer(transformers.Trainer):

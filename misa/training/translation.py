@@ -27,7 +27,7 @@ def one_of(table: dict[str, str]) -> Callable[[str], str]:
 
     def convert(text: str) -> str:
         if text not in table and text not in table.values():
-            raise ValueError(f"allowed is {', '.join(table)}")
+            raise ValueError(f"allowed is {', '.join(dict.fromkeys([*table, *table.values()]))}")
         return table.get(text, text)
 
     return convert
