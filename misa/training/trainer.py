@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from misa.data.sampling import SeededSampler
 from misa.training.checkpoints import STAGING_FOLDER, seal
@@ -77,11 +77,11 @@ class Trainer(transformers.Trainer):
             # All processes draw from one order, so a batch of equal lengths is the batch of all of them.
             batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             return SeededSampler(len(dataset), seed, lengths, batch_size)
-        sampler = super()._get_train_sampler(train_dataset)
-        # Items without lengths are all equally long.
-        if isinstance(sampler, RandomSampler) or strategy == "group_by_length":
+        # Items without lengths are all equally long; transformers would read them all to find that out.
+        if strategy == "group_by_length" and has_length(dataset):
             return SeededSampler(len(dataset), seed)
-        return sampler
+        sampler = super()._get_train_sampler(train_dataset)
+        return SeededSampler(len(dataset), seed) if isinstance(sampler, RandomSampler) else sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)

@@ -31,10 +31,15 @@ METHODS = {
 
 # Imports the libraries once, then runs each command in a process of its own: what is killed is a real process.
 SERVER = """
-import json, os, sys
-import peft, torch, transformers.trainer, transformers.models.llama.modeling_llama
-from misa import pretrain
-from misa.training import run, trainer
+import gc, json, os, sys, tempfile
+import peft, torch, transformers.trainer
+from misa import methods, pretrain
+from misa.models import build_model, model_config
+from misa.training import progress, run, trainer
+with tempfile.TemporaryDirectory() as folder:
+    # transformers makes tables of its models when it first saves one.
+    build_model(model_config("2m", 64), 0).save_pretrained(folder)
+gc.freeze()
 for line in sys.stdin:
     order = json.loads(line)
     child = os.fork()
