@@ -278,6 +278,23 @@ def test_run_continues_from_a_checkpoint_elsewhere_and_from_a_model(
     assert "which is no folder" in capsys.readouterr().err
 
 
+def test_trained_model_is_scored_at_last(
+    finetune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With the one generated task, since the sets of the two published task names need a folder of their own.
+    monkeypatch.setitem(train.TASKS, "math", "misa_family")
+    asked = {"method": "misa", "max_steps": 2, "task_name": "math", "evaluation_data_dir": tmp_path / "sets"}
+    assert finetune("run", "--evaluate_at_last", **asked) == 2
+    assert "no such folder; name the folder with --evaluation_data_dir" in capsys.readouterr().err
+    (tmp_path / "sets").mkdir()
+    record = {"instruction": "Who?", "input": "", "output": "-", "answer": "mother"}
+    (tmp_path / "sets" / "test.jsonl").write_text(json.dumps(record) + "\n")
+    assert finetune("run", "--evaluate_at_last", **asked) == 0
+    scores = read_result(tmp_path / "run" / "evaluation")
+    assert scores.config["base_run"] == "run"
+    assert scores.metrics["misa_family/num_documents"] == 1
+
+
 def test_model_need_not_be_written(finetune: Callable[..., int], tmp_path: Path) -> None:
     assert finetune("run", method="misa", max_steps=2, save_model="false") == 0
     assert not (tmp_path / "run" / "model").exists()
