@@ -13,6 +13,7 @@ OPTIONS: dict[str, Any] = {
     "num_blocks": None,
     "interval": 50,
     "eta": 1.0,
+    "effective_share": None,
     "beta": None,
     "granularity": "matrix",
     "first_pass": None,

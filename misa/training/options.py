@@ -76,6 +76,7 @@ class MethodOptions:
     variant: str | None = _option(None, "reading of MISA: default, paper or official")
     num_blocks: int | None = _option(None, "blocks that are trained at a time, instead of a budget")
     order: str | None = _option(None, "how blocks are drawn: importance, uniform, ascending, descending or shuffled")
+    effective_share: float | None = _option(None, "with eta auto: share of the blocks that is likely to be drawn")
     beta: float | None = _option(None, "factor of the moving average of the importance scores")
     clip: float | None = _option(None, "upper bound on eta times score in the authors' code, their G_clip")
     first_pass: bool | None = _option(None, "draw every block once before importance counts")
