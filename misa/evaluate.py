@@ -31,10 +31,10 @@ class EvaluateArguments:
         metadata={"help": "checkpoint folder, PEFT adapter folder (its base is found), or hub id"}
     )
     tasks: str = field(metadata={"help": "task names, separated by commas: misa_family, perplexity"})
-    data_dir: str = field(
-        metadata={"help": "folder with the tasks' data: test.jsonl, or validation.jsonl for perplexity"}
-    )
     output_dir: str = field(metadata={"help": "folder for result.json and lm_eval.json"})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder with the tasks' data: test.jsonl, or validation.jsonl for perplexity"}
+    )
     run: str | None = field(default=None, metadata={"help": "name of this evaluation (default: the output folder's)"})
     limit: int | None = field(default=None, metadata={"help": "score only so many documents of each task"})
     batch_size: int = field(default=16, metadata={"help": "documents at a time, padded on the left to the longest"})
@@ -62,8 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from transformers import HfArgumentParser
 
+    from misa.training.published import translate_evaluate
+
     parser = HfArgumentParser(EvaluateArguments, prog="python -m misa.evaluate", description=__doc__)
-    (arguments,) = parser.parse_args_into_dataclasses(args=list(argv) if argv is not None else None)
+    try:
+        words = translate_evaluate(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"misa.evaluate: error: {error}", file=sys.stderr)
+        return 2
+    (arguments,) = parser.parse_args_into_dataclasses(args=words)
     try:
         evaluate(arguments, ["python", "-m", "misa.evaluate", *(sys.argv[1:] if argv is None else argv)])
     except (ValueError, OSError) as error:
@@ -95,6 +102,8 @@ def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
     from misa.results import RESULT_FILE
 
     tasks = _checked_tasks(arguments)
+    if arguments.data_dir is None:
+        raise ValueError("data_dir is missing: name the folder with the tasks' data")
     folder = ModelFolder(arguments.model_name_or_path, arguments.offline)
     files = data_files(tasks, arguments.data_dir)
     config = _resolve(arguments, tasks, folder, files)

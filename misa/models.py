@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,25 @@ MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
 DEFAULT_VOCAB_SIZE = 32_000
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass
+class LoadingOptions:
+    """How model and tokenizer are loaded. Weights are read from safetensors, or by torch in its weights-only mode."""
+
+    _argument_group_name = "loading"
+
+    use_fast_tokenizer: bool = field(
+        default=True, metadata={"help": "the tokenizer in Rust; if false, the one in Python where there is one"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention: eager, sdpa, flash_attention_2, ...; default: the best there is"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code that comes with the model"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a model from the hub"})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in the folder or hub repository; or name it as the model itself"}
+    )
 
 
 def model_config(name: str, vocab_size: int | None = None, **overrides: Any) -> Any:
@@ -84,7 +104,7 @@ def model_config(name: str, vocab_size: int | None = None, **overrides: Any) -> 
     return LlamaConfig(**{**fields, **overrides})
 
 
-def build_model(config: Any, seed: int, dtype: str = "float32") -> Any:
+def build_model(config: Any, seed: int, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
     """Make a model with random weights.
 
     The weights are drawn in float32 and then converted, so that two precisions start from the same numbers. The
@@ -94,12 +114,13 @@ def build_model(config: Any, seed: int, dtype: str = "float32") -> Any:
         config: A transformers configuration, such as `model_config` gives.
         seed: Seed of the weights.
         dtype: Precision of the weights: bfloat16, float16 or float32.
+        attn_implementation: Attention, by its name in transformers; None takes the best there is.
 
     Returns:
         A transformers causal language model on the CPU.
 
     Raises:
-        ValueError: If the precision is unknown.
+        ValueError: If the precision or the attention is unknown.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -107,16 +128,25 @@ def build_model(config: Any, seed: int, dtype: str = "float32") -> Any:
     precision = torch_dtype(dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, **_given(attn_implementation=attn_implementation)
+            )
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"model cannot be built: {first_line(error)}") from error
     return model.to(precision)
 
 
-def load_model(source: str | Path, dtype: str = "float32") -> Any:
+def load_model(source: str | Path, dtype: str = "float32", loading: LoadingOptions | None = None) -> Any:
     """Load a causal language model.
 
+    Weights come from safetensors or GGUF files, or, where a folder has neither, from torch files, which transformers
+    reads in torch's weights-only mode: no file can run code, unless `trust_remote_code` is asked for.
+
     Args:
-        source: A folder written by `save_pretrained` (of a model or of a PEFT adapter), or a hub id.
+        source: A folder written by `save_pretrained` (of a model or of a PEFT adapter), a GGUF file, or a hub id.
         dtype: Precision of the weights: bfloat16, float16 or float32.
+        loading: Attention, revision, GGUF file, and whether code of the model may run; None means the defaults.
 
     Returns:
         A transformers causal language model on the CPU; for an adapter a `peft.PeftModel` over its base model.
@@ -125,33 +155,38 @@ def load_model(source: str | Path, dtype: str = "float32") -> Any:
         ValueError: If the folder is missing or holds no model, or the hub cannot give it.
     """
     precision = torch_dtype(dtype)
-    _require_source(source)
+    source, options = _located(source, loading)
+    if loading is not None:
+        options |= _given(attn_implementation=loading.attn_implementation)
     try:
         if (Path(source) / "adapter_config.json").is_file():
             from peft import AutoPeftModelForCausalLM
 
-            return AutoPeftModelForCausalLM.from_pretrained(str(source), dtype=precision)
+            return AutoPeftModelForCausalLM.from_pretrained(str(source), dtype=precision, **options)
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(str(source), dtype=precision)
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(str(source), dtype=precision, **options)
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"no model at {source}: {first_line(error)}") from error
 
 
-def load_tokenizer(source: str | Path) -> Any:
+def load_tokenizer(source: str | Path, loading: LoadingOptions | None = None) -> Any:
     """Load a tokenizer and give it a padding token if it has none (the end token).
 
     Args:
-        source: A folder with tokenizer files, or a hub id.
+        source: A folder with tokenizer files, a GGUF file, or a hub id.
+        loading: Revision, GGUF file, kind of tokenizer, whether its code may run; None means the defaults.
 
     Raises:
         ValueError: If there is none.
     """
     from transformers import AutoTokenizer
 
-    _require_source(source)
+    source, options = _located(source, loading)
+    if loading is not None and not loading.use_fast_tokenizer:
+        options["use_fast"] = False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
+        tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer at {source}: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
@@ -192,6 +227,29 @@ def torch_dtype(name: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}, allowed is {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def _located(source: str | Path, loading: LoadingOptions | None) -> tuple[str, dict[str, Any]]:
+    """Return the folder or hub id of a source, and what transformers is told beside it."""
+    text, options = str(source), {}
+    if loading is not None:
+        options = _given(revision=loading.revision, gguf_file=loading.gguf_file)
+        if loading.trust_remote_code:
+            options["trust_remote_code"] = True
+    if text.endswith(".gguf"):
+        if not Path(text).is_file():
+            raise ValueError(f"no file at {text}")
+        text, options["gguf_file"] = str(Path(text).parent), Path(text).name
+    _require_source(text)
+    name = options.get("gguf_file")
+    if name is not None and Path(text).is_dir() and not (Path(text) / name).is_file():
+        raise ValueError(f"no file at {Path(text) / name}")
+    return text, options
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Leave out what is None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _require_source(source: str | Path) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from misa.models import LoadingOptions
 from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+from misa.training.published import translate_pretrain
 
 PROG = "misa.pretrain"
 USAGE = "python -m misa.pretrain --model_config SIZE --dataset_path CORPUS --method METHOD --output_dir DIR [options]"
@@ -78,21 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0 done, 2 something asked for is wrong, 130 interrupted.
+        Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
     """
 
     def job() -> Any:
         options = parse(
-            (RunOptions, PretrainOptions, MethodOptions, CommonTrainingOptions),
-            argv,
+            (RunOptions, PretrainOptions, MethodOptions, CommonTrainingOptions, LoadingOptions),
+            translate_pretrain(sys.argv[1:] if argv is None else argv),
             prog=PROG,
             usage=USAGE,
             description=__doc__ or "",
             # Blocks are all equally long, and their end tokens are text, not padding.
             defaults={"include_num_input_tokens_seen": "all"},
         )
-        run, pretrain, method, _, training = options
-        return make_job(run, pretrain, method, training, argv)
+        run, pretrain, method, _, loading, training = options
+        return make_job(run, pretrain, method, training, argv, loading)
 
     try:
         from misa.training.run import run_command
@@ -103,7 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_job(
-    run: RunOptions, pretrain: PretrainOptions, method: MethodOptions, training: Any, argv: Sequence[str] | None = None
+    run: RunOptions,
+    pretrain: PretrainOptions,
+    method: MethodOptions,
+    training: Any,
+    argv: Sequence[str] | None = None,
+    loading: LoadingOptions | None = None,
 ) -> Any:
     """Describe a pre-training run for `misa.training.run.carry_out`.
 
@@ -113,6 +120,7 @@ def make_job(
         method: Method and its options.
         training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
         argv: Command line to record; None takes the process's.
+        loading: How model and tokenizer are loaded; None means the defaults.
 
     Raises:
         ValueError: If a file is missing or malformed, or a setting is out of range.
@@ -122,9 +130,10 @@ def make_job(
     from misa.data.records import files_digest
     from misa.data.text import find_text
     from misa.data.tokens import default_folder
-    from misa.models import build_model, load_tokenizer, model_config, resolve_dtype
+    from misa.models import build_model, load_model, load_tokenizer, model_config, resolve_dtype
     from misa.training.run import Job, Parts
 
+    loading = loading or LoadingOptions()
     if pretrain.max_eval_tokens < pretrain.max_length:
         raise ValueError(
             f"max_eval_tokens is {pretrain.max_eval_tokens}, allowed is max_length ({pretrain.max_length}) or more"
@@ -143,7 +152,12 @@ def make_job(
     if tokenizer_source and (vocabulary := Path(tokenizer_source) / "tokenizer.json").is_file():
         files.append(vocabulary)
     digest = files_digest(files) if source.hub_id is None else hub_digest(source.hub_id, source.config)
-    settings = {**vars(pretrain), "tokenizer_name_or_path": tokenizer_source, "dtype": resolve_dtype(pretrain.dtype)}
+    settings = {
+        **vars(pretrain),
+        **vars(loading),
+        "tokenizer_name_or_path": tokenizer_source,
+        "dtype": resolve_dtype(pretrain.dtype),
+    }
 
     def make() -> Parts:
         text = PretrainingText(
@@ -158,7 +172,7 @@ def make_job(
             shuffle_buffer=pretrain.shuffle_buffer,
             tokenized_dir=Path(pretrain.tokenized_dir or default_folder()),
         )
-        tokenizer = load_tokenizer(tokenizer_source or text.train_tokenizer(pretrain.vocab_size))
+        tokenizer = load_tokenizer(tokenizer_source or text.train_tokenizer(pretrain.vocab_size), loading)
         config = model_config(
             pretrain.model_config,
             vocab_size=len(tokenizer),
@@ -183,7 +197,9 @@ def make_job(
         from transformers import default_data_collator
 
         return Parts(
-            model=build_model(config, training.seed, settings["dtype"]),
+            model=load_model(weights, settings["dtype"], loading)
+            if (weights := run.model_source(None)) is not None
+            else build_model(config, training.seed, settings["dtype"], loading.attn_implementation),
             tokenizer=tokenizer,
             train_dataset=train,
             eval_dataset=validation,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from misa.models import LoadingOptions
 from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+from misa.training.published import TASKS, translate_train
 
 PROG = "misa.train"
 USAGE = "python -m misa.train --model_name_or_path MODEL --dataset_path DATA --method METHOD --output_dir DIR [options]"
@@ -20,7 +22,7 @@ class FinetuneOptions:
 
     _argument_group_name = "model and data"
 
-    model_name_or_path: str = field(metadata={"help": "folder or hub id of the model"})
+    model_name_or_path: str = field(metadata={"help": "folder, hub id or GGUF file of the model"})
     dataset_path: str = field(
         metadata={
             "help": "a file or folder with train.jsonl, .json or .parquet (fields instruction, output and, optionally, "
@@ -60,6 +62,18 @@ class FinetuneOptions:
             "has it, else float32); what trains has float32 master copies in any case"
         },
     )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "folder or hub id of the tokenizer; default: the model's"}
+    )
+    task_name: str | None = field(
+        default=None, metadata={"help": "what the data are: math and commonsense have test sets for evaluate_at_last"}
+    )
+    evaluate_at_last: bool = field(
+        default=False, metadata={"help": "score the trained model on the test sets of task_name, into evaluation/"}
+    )
+    evaluation_data_dir: str | None = field(
+        default=None, metadata={"help": "folder with these test sets; default: dataset_path"}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,20 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0 done, 2 something asked for is wrong, 130 interrupted.
+        Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
     """
 
     # Imported here so that --help does not wait for it.
     def job() -> Any:
         options = parse(
-            (RunOptions, FinetuneOptions, MethodOptions, CommonTrainingOptions),
-            argv,
+            (RunOptions, FinetuneOptions, MethodOptions, CommonTrainingOptions, LoadingOptions),
+            translate_train(sys.argv[1:] if argv is None else argv),
             prog=PROG,
             usage=USAGE,
             description=__doc__ or "",
         )
-        run, finetune, method, _, training = options
-        return make_job(run, finetune, method, training, argv)
+        run, finetune, method, _, loading, training = options
+        return make_job(run, finetune, method, training, argv, loading)
 
     try:
         from misa.training.run import run_command
@@ -93,7 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_job(
-    run: RunOptions, finetune: FinetuneOptions, method: MethodOptions, training: Any, argv: Sequence[str] | None = None
+    run: RunOptions,
+    finetune: FinetuneOptions,
+    method: MethodOptions,
+    training: Any,
+    argv: Sequence[str] | None = None,
+    loading: LoadingOptions | None = None,
 ) -> Any:
     """Describe a fine-tuning run for `misa.training.run.carry_out`.
 
@@ -103,6 +122,7 @@ def make_job(
         method: Method and its options.
         training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
         argv: Command line to record; None takes the process's.
+        loading: How model and tokenizer are loaded; None means the defaults.
 
     Raises:
         ValueError: If a file is missing or malformed, or a setting is out of range.
@@ -113,6 +133,8 @@ def make_job(
     from misa.models import load_model, load_tokenizer, resolve_dtype
     from misa.training.run import Job, Parts
 
+    loading = loading or LoadingOptions()
+    evaluation = _evaluation(run, finetune) if finetune.evaluate_at_last else None
     if finetune.validation_samples < 0:
         raise ValueError(f"validation_samples is {finetune.validation_samples}, allowed is 0 or more")
     source = find_instructions(finetune.dataset_path, finetune.data_dir)
@@ -125,11 +147,16 @@ def make_job(
         )
     if not apart:
         records = records[finetune.validation_samples :]
-    settings = {**vars(finetune), "dtype": resolve_dtype(finetune.dtype)}
+    settings = {**vars(finetune), **vars(loading), "dtype": resolve_dtype(finetune.dtype)}
 
     def make() -> Parts:
-        tokenizer = load_tokenizer(finetune.model_name_or_path)
-        model = load_model(finetune.model_name_or_path, settings["dtype"])
+        if finetune.tokenizer_name_or_path is None:
+            tokenizer = load_tokenizer(finetune.model_name_or_path, loading)
+        else:
+            # Revision and GGUF file are the model's.
+            own = replace(loading, revision=None, gguf_file=None)
+            tokenizer = load_tokenizer(finetune.tokenizer_name_or_path, own)
+        model = load_model(run.model_source(finetune.model_name_or_path), settings["dtype"], loading)
 
         def dataset(records: Any) -> InstructionDataset:
             return InstructionDataset(
@@ -164,7 +191,35 @@ def make_job(
         data_digest=digest,
         command=["python", "-m", PROG, *(sys.argv[1:] if argv is None else argv)],
         make=make,
+        evaluation=evaluation,
     )
+
+
+def _evaluation(run: RunOptions, finetune: FinetuneOptions) -> list[str]:
+    """Words of the `misa.evaluate` command for the trained model, once it is clear that it will find its data.
+
+    Raises:
+        ValueError: If the task is unknown, or its data are not there.
+    """
+    from misa.evaluation.scoring import data_files, task_names
+
+    if not run.save_model:
+        raise ValueError("evaluate_at_last needs the trained model: it contradicts save_model false")
+    task = TASKS.get(finetune.task_name or "")
+    if task is None:
+        raise ValueError(f"evaluate_at_last: task_name is {finetune.task_name!r}, allowed is {', '.join(TASKS)}")
+    if task not in task_names():
+        raise ValueError(f"evaluate_at_last: task {task} is not installed; there are {', '.join(task_names())}")
+    folder = finetune.evaluation_data_dir or finetune.dataset_path
+    try:
+        data_files([task], folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"evaluate_at_last: {error}; name the folder with --evaluation_data_dir") from error
+    output = Path(run.output_dir)
+    return [
+        *("--model_name_or_path", str(output / "model"), "--tasks", task, "--data_dir", str(folder)),
+        *("--output_dir", str(output / "evaluation"), "--max_length", str(finetune.max_length)),
+    ]
 
 
 def _cuts_logits(model: Any) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from misa import fetch, models
 from misa.fetch import fetch_model
-from misa.models import MODEL_SIZES, build_model, load_model, load_tokenizer, model_config
+from misa.models import MODEL_SIZES, LoadingOptions, build_model, load_model, load_tokenizer, model_config
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
@@ -120,6 +120,91 @@ def test_auto_precision_is_one_the_processor_has() -> None:
     assert models.resolve_dtype("auto") in {"bfloat16", "float32"}
     with pytest.raises(ValueError, match="dtype is 'half'"):
         models.resolve_dtype("half")
+
+
+@pytest.fixture
+def gguf_file(tmp_path: Path) -> Path:
+    """A LLaMA of two layers with a byte-level tokenizer of 258 tokens."""
+    import gguf
+    import numpy as np
+    from tokenizers import pre_tokenizers
+
+    path = tmp_path / "gguf" / "tiny.gguf"
+    path.parent.mkdir()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<end>"]
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 1) + [3])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(len(tokens) - 1)
+    writer.add_eos_token_id(len(tokens) - 1)
+    shapes = {"token_embd": (len(tokens), 32), "output": (len(tokens), 32), "output_norm": (32,)}
+    for i in range(2):
+        shapes |= {f"blk.{i}.attn_{name}": (32, 32) for name in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.ffn_{name}": (64, 32) for name in ("gate", "up")} | {f"blk.{i}.ffn_down": (32, 64)}
+        shapes |= {f"blk.{i}.{name}_norm": (32,) for name in ("attn", "ffn")}
+    generator = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", generator.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_file_is_a_model_with_its_tokenizer(gguf_file: Path) -> None:
+    by_path = load_model(gguf_file)
+    by_option = load_model(gguf_file.parent, loading=LoadingOptions(gguf_file=gguf_file.name))
+    assert torch.equal(by_path.lm_head.weight, by_option.lm_head.weight)
+    assert by_path.config.num_hidden_layers == 2
+    tokenizer = load_tokenizer(gguf_file)
+    assert tokenizer.decode(tokenizer("abba")["input_ids"], skip_special_tokens=True) == "abba"
+    assert tokenizer.pad_token_id == 257
+    with pytest.raises(ValueError, match=r"no file at .*other\.gguf"):
+        load_model(gguf_file.with_name("other.gguf"))
+    with pytest.raises(ValueError, match=r"no file at .*other\.gguf"):
+        load_tokenizer(gguf_file.parent, LoadingOptions(gguf_file="other.gguf"))
+
+
+def test_attention_is_the_one_asked_for(tmp_path: Path) -> None:
+    build_model(model_config("2m", 300), seed=0, attn_implementation="eager").save_pretrained(tmp_path)
+    for name in ("eager", "sdpa"):
+        model = load_model(tmp_path, loading=LoadingOptions(attn_implementation=name))
+        assert model.config._attn_implementation == name
+    with pytest.raises(ValueError, match="model cannot be built"):
+        build_model(model_config("2m", 300), seed=0, attn_implementation="best")
+
+
+def test_code_of_a_model_runs_only_when_asked_for(tmp_path: Path) -> None:
+    """A folder whose configuration points to Python code of its own."""
+    mark = tmp_path / "ran"
+    folder = tmp_path / "model"
+    build_model(model_config("2m", 300), seed=0).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(ValueError, match="no model at"):
+        load_model(folder)
+    assert not mark.exists()
+    assert load_model(folder, loading=LoadingOptions(trust_remote_code=True)).config.num_hidden_layers == 4
+    assert mark.exists()
 
 
 @pytest.fixture

@@ -44,6 +44,17 @@ METHODS = {
     "misa_lora": Look("MISA on LoRA", "#332288", "P", (0, (1, 1))),
 }
 
+# A variant has the colour and the marker of its method, and a dash of its own.
+VARIANTS = {
+    "adamw_bf16": Look("AdamW, pure bf16", METHODS["adamw"].color, "s", (0, (1, 1))),
+    "sgd": Look("SGD", METHODS["none"].color, "x", "solid"),
+    "galore_layerwise": Look("GaLore, layer by layer", METHODS["galore"].color, "p", (0, (1, 1))),
+    "badam_official": Look("BAdam, ascending", METHODS["badam"].color, "v", (0, (1, 1))),
+    "lisa_official": Look("LISA, ascending", METHODS["lisa"].color, "^", (0, (1, 1))),
+    "misa_paper": Look("MISA, Algorithm 1", METHODS["misa"].color, "o", (0, (3, 1))),
+    "misa_official": Look("MISA, authors' code", METHODS["misa"].color, "o", (0, (1, 1))),
+}
+
 CATEGORIES = {
     "weights": Look("weights", "#DDDDDD"),
     "gradients": Look("gradients", "#EE8866"),
@@ -141,12 +152,14 @@ def save(figure: Figure, stem: str | Path) -> list[Path]:
 
 def look(kind: dict[str, Look], name: str) -> Look:
     """Look of `name`; a name that has none yet is drawn in grey under its own name."""
+    if kind is METHODS and name in VARIANTS:
+        return VARIANTS[name]
     return kind.get(name, Look(name.replace("_", " "), "#999999", "."))
 
 
 def in_order(kind: dict[str, Look], names: Iterable[str]) -> list[str]:
     """The distinct names in the fixed order of the style, unknown ones at the end by alphabet."""
-    order = list(kind)
+    order = [*kind, *(VARIANTS if kind is METHODS else ())]
     return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
 
 

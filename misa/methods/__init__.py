@@ -6,11 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from misa.methods import adamw, badam, lisa, lora, misa
+from misa.methods import adamw, badam, dora, galore, lisa, lora, misa, misa_lora, sgd
 from misa.methods.base import Built, Hyperparameters, Method
 
 METHODS: dict[str, Method] = {
-    m.name: m for m in (adamw.METHOD, lora.METHOD, badam.METHOD, lisa.METHOD, misa.METHOD, misa.UNIFORM)
+    m.name: m
+    for m in (
+        *(adamw.METHOD, adamw.PURE, sgd.METHOD, lora.METHOD, dora.METHOD, galore.METHOD, galore.LAYERWISE),
+        *(badam.METHOD, badam.OFFICIAL, lisa.METHOD, lisa.OFFICIAL),
+        *(misa.METHOD, misa.UNIFORM, misa.PAPER, misa.OFFICIAL, misa_lora.METHOD),
+    )
 }
 
 

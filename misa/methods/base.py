@@ -48,6 +48,11 @@ class Built:
     settings: dict[str, Any]
     description: str
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether a gradient is applied and freed as soon as it is ready: no accumulation, no clipping."""
+        return bool(self.settings.get("step_in_backward"))
+
 
 @dataclass(frozen=True)
 class Method:

@@ -1,4 +1,4 @@
-"""LoRA by PEFT: low-rank adapters on all linear layers, AdamW on the adapters."""
+"""LoRA by PEFT: low-rank adapters on the linear layers, AdamW on the adapters."""
 
 from __future__ import annotations
 
@@ -9,26 +9,54 @@ from torch import nn
 
 from misa.methods.base import Hyperparameters, Method
 
+OPTIONS: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target": "all"}
 
-def _apply(
-    model: nn.Module, hyper: Hyperparameters, options: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, dict[str, Any]]]:
+
+def adapters(model: nn.Module, options: dict[str, Any], use_dora: bool = False) -> nn.Module:
+    """Freeze a model and put adapters on it.
+
+    Args:
+        model: A freshly loaded model.
+        options: `lora_r`, `lora_alpha`, `lora_dropout`, and `lora_target`: "all" linear layers but the head, or the
+            last parts of their names, comma separated.
+        use_dora: Split each adapted weight into direction and length, and train both.
+
+    Returns:
+        A `peft.PeftModel`. PEFT keeps the adapters in fp32 beside bf16 weights.
+
+    Raises:
+        ValueError: If a target is the name of no linear layer.
+    """
     from peft import LoraConfig, get_peft_model
 
+    target = options["lora_target"]
     config = LoraConfig(
         r=options["lora_r"],
         lora_alpha=options["lora_alpha"],
         lora_dropout=options["lora_dropout"],
-        target_modules="all-linear",
+        target_modules="all-linear" if target == "all" else [name.strip() for name in target.split(",")],
+        use_dora=use_dora,
         task_type="CAUSAL_LM",
     )
-    # PEFT keeps adapters in fp32 beside bf16 weights, so plain AdamW needs no master copies.
-    return get_peft_model(model, config), (torch.optim.AdamW, {**hyper.adam(), "fused": True})
+    return get_peft_model(model, config)
 
 
-METHOD = Method(
-    "lora",
-    "low-rank adapters on all linear layers (PEFT); fp32 adapters, their gradients and two moments",
-    _apply,
-    {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
-)
+def method(name: str, description: str, use_dora: bool = False) -> Method:
+    """A row of the method table that trains adapters with AdamW.
+
+    Args:
+        name: Name of the method.
+        description: What is trained and what is kept in memory.
+        use_dora: As for `adapters`.
+    """
+
+    def apply(
+        model: nn.Module, hyper: Hyperparameters, options: dict[str, Any]
+    ) -> tuple[nn.Module, tuple[Any, dict[str, Any]]]:
+        # The adapters are fp32 already, so plain AdamW needs no master copies.
+        return adapters(model, options, use_dora), (torch.optim.AdamW, {**hyper.adam(), "fused": True})
+
+    return Method(name, description, apply, OPTIONS)
+
+
+METHOD = method("lora", "low-rank adapters on all linear layers (PEFT); fp32 adapters, their gradients and two moments")

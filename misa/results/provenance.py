@@ -25,6 +25,7 @@ LIBRARIES = (
     "peft",
     "safetensors",
     "gguf",
+    "pytorch_optimizer",
     "reasoning_gym",
     "lm_eval",
 )

@@ -29,6 +29,7 @@ class Meter(TrainerCallback, ExportableState):
         device_bytes: Largest memory of the accelerator's tensors so far; 0 without one.
         state_bytes: Largest optimizer state so far, in total and by category, bytes.
         active_numel: Parameters trained in the last step.
+        num_active_blocks: Blocks trained in the last step; 0 for a method without blocks.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class Meter(TrainerCallback, ExportableState):
         self.device_bytes = 0
         self.state_bytes: dict[str, int] = {}
         self.active_numel = 0
+        self.num_active_blocks = 0
         self._begun = self._step_begun = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Meter(TrainerCallback, ExportableState):
     ) -> None:
         """Count what this step trains; after the update, a new round may already have begun."""
         self.active_numel = num_active(_unwrapped(optimizer))
+        self.num_active_blocks = len(getattr(_unwrapped(optimizer), "active", ()))
         self._watch_state(optimizer)
 
     def on_optimizer_step(
@@ -90,6 +93,12 @@ class Meter(TrainerCallback, ExportableState):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note time and active parameters beside what was just logged."""
         state.log_history[-1].update(time_s=self.train_s, active_numel=self.active_numel)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest memory so far: of the accelerator's tensors where there is one, else of the process."""
+        self._watch_time_and_memory()
+        return self.device_bytes or self.rss_bytes
 
     def peaks(self) -> dict[str, float]:
         """Return the largest sizes seen, bytes."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 
@@ -27,6 +30,31 @@ class RunOptions:
     )
     keep_checkpoints: bool = _option(False, "keep the checkpoints of a finished run")
     overwrite_output_dir: bool = _option(False, "start again where a finished run, or one with other settings, lies")
+    continue_from: str | None = _option(
+        None, "start from this: a checkpoint of a run (with its step and optimizer), or a model folder (weights alone)"
+    )
+    save_model: bool = _option(True, "write the trained model into model/")
+    stop_on_nan: bool = _option(True, "stop with an error at the first loss that is not a finite number")
+    tags: str | None = _option(None, "words to find the run by, kept in its result file")
+
+    def model_source(self, default: str | None) -> str | None:
+        """Where the first weights come from: `continue_from`, unless it is a checkpoint, which is loaded later.
+
+        Args:
+            default: What to load otherwise.
+
+        Raises:
+            ValueError: If `continue_from` is no folder.
+        """
+        if self.continue_from is None:
+            return default
+        if not Path(self.continue_from).is_dir():
+            raise ValueError(f"continue_from is {self.continue_from!r}, which is no folder")
+        return default if self.is_checkpoint() else self.continue_from
+
+    def is_checkpoint(self) -> bool:
+        """Whether `continue_from` is a checkpoint, with step and optimizer, and not a model folder."""
+        return self.continue_from is not None and (Path(self.continue_from) / "trainer_state.json").is_file()
 
 
 @dataclass
@@ -35,16 +63,37 @@ class MethodOptions:
 
     _argument_group_name = "method"
 
-    method: str = _option("misa", "adamw, lora, badam, lisa, misa or misa_uniform")
+    method: str = _option(
+        "misa",
+        "adamw, adamw_bf16, sgd, lora, dora, galore, galore_layerwise, badam, lisa, misa, misa_uniform, misa_lora; as "
+        "published: misa_paper, misa_official, badam_official, lisa_official",
+    )
     budget: float | None = _option(None, "share of all parameters that is trained at a time, the paper's delta")
     interval: int | None = _option(None, "steps before the next blocks are drawn, the paper's T")
     eta: str | None = _option(None, "sharpness of the importance sampling: a number, 0 for uniform, or auto")
     granularity: Literal["matrix", "half", "layer"] | None = _option(None, "how the model is split into blocks")
-    always_on: str | None = _option(None, "trained at all times on top: comma list of embeddings, head, norms")
+    always_on: str | None = _option(None, "trained at all times on top: comma list of embeddings, head, norms; or none")
     variant: str | None = _option(None, "reading of MISA: default, paper or official")
+    num_blocks: int | None = _option(None, "blocks that are trained at a time, instead of a budget")
+    order: str | None = _option(None, "how blocks are drawn: importance, uniform, ascending, descending or shuffled")
+    effective_share: float | None = _option(None, "with eta auto: share of the blocks that is likely to be drawn")
+    beta: float | None = _option(None, "factor of the moving average of the importance scores")
+    clip: float | None = _option(None, "upper bound on eta times score in the authors' code, their G_clip")
+    first_pass: bool | None = _option(None, "draw every block once before importance counts")
+    sample_last: int | None = _option(None, "longest-idle blocks forced into each draw")
+    probe_every: int | None = _option(None, "rounds between two measurements of all blocks; 0 never")
+    state_policy: str | None = _option(None, "moments of what goes off: drop, reset, cpu or keep")
+    state_format: str | None = _option(None, "for bf16 weights: master, fp32, bf16 (no master, stochastic rounding)")
+    residual: str | None = _option(None, "what a bf16 weight cannot hold of its master: cpu (kept there) or drop")
+    step_in_backward: bool | None = _option(None, "apply each gradient as soon as it is ready, and free it")
+    inner: str | None = _option(None, "what happens to the active blocks: adamw or sgd")
     lora_r: int | None = _option(None, "rank of the adapters")
     lora_alpha: float | None = _option(None, "scale of the adapters")
     lora_dropout: float | None = _option(None, "dropout before the adapters")
+    lora_target: str | None = _option(None, "linear layers with adapters: all, or names, comma separated")
+    galore_r: int | None = _option(None, "rank of the projected gradients")
+    galore_alpha: float | None = _option(None, "scale of the update that is projected back")
+    galore_update_every: int | None = _option(None, "steps between two new projections")
 
     def given(self) -> dict[str, Any]:
         """Return the method's options that were given, in the types the methods take.
@@ -59,7 +108,8 @@ class MethodOptions:
             except ValueError:
                 raise ValueError(f"eta is {options['eta']!r}, allowed is a number from 0 up, or auto") from None
         if "always_on" in options:
-            options["always_on"] = tuple(name.strip() for name in options["always_on"].split(",") if name.strip())
+            names = () if options["always_on"] == "none" else options["always_on"].split(",")
+            options["always_on"] = tuple(name.strip() for name in names if name.strip())
         return options
 
 
@@ -178,7 +228,30 @@ def parse(
     fields |= {name: value for name, value in others.items() if fields[name] is None}
     fields["output_dir"] = run.checkpoint_dir or f"{run.output_dir}/checkpoints"
     allowed = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
-    return (*options, TrainingArguments(**{name: value for name, value in fields.items() if name in allowed}))
+    training = TrainingArguments(**{name: value for name, value in fields.items() if name in allowed})
+    require_reporters(training)
+    return (*options, training)
+
+
+def require_reporters(training: Any) -> None:
+    """Make sure that what a run is to report to is installed; find that out now, not after loading.
+
+    Args:
+        training: `transformers.TrainingArguments`.
+
+    Raises:
+        ValueError: If a package is missing.
+    """
+    packages = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX"), "trackio": ("trackio",)}
+    for name in training.report_to:
+        names = packages.get(name, ())
+        if names and not any(importlib.util.find_spec(package) for package in names):
+            raise ValueError(
+                f"report_to is {name!r}, which is not installed: pip install {names[0]}, or --report_to none"
+            )
+    if "wandb" in training.report_to and training.project != "huggingface":
+        # wandb reads its project from here alone.
+        os.environ["WANDB_PROJECT"] = training.project
 
 
 def _parser(types: Sequence[type], **settings: Any) -> Any:

@@ -13,7 +13,7 @@ from misa.training.meter import Meter
 
 
 class Progress(TrainerCallback):
-    """Report step, loss, learning rate, tokens a second and the time left.
+    """Report step, loss, learning rate, tokens a second, what is trained, the peak of memory, and the time left.
 
     Args:
         meter: The run's meter, from which the speed is read.
@@ -53,14 +53,26 @@ class Progress(TrainerCallback):
         if "eval_loss" in logs:
             self._line(f"step {state.global_step}/{state.max_steps}  eval loss {logs['eval_loss']:.4f}")
         elif self.bar is not None:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", lr=f"{logs['learning_rate']:.2g}", tokens_s=f"{speed:.0f}")
+            self.bar.set_postfix(
+                loss=f"{logs['loss']:.4f}",
+                lr=f"{logs['learning_rate']:.2g}",
+                tokens_s=f"{speed:.0f}",
+                active=self._active(),
+                peak=f"{self.meter.peak_bytes / 2**30:.2f}GiB",
+            )
         else:
             elapsed = time.perf_counter() - self._session_begun
             left = elapsed / max(self._session_steps, 1) * (state.max_steps - state.global_step)
             self._line(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2g}"
-                f"  {speed:.0f} tokens/s  {timedelta(seconds=round(left))} left"
+                f"  {speed:.0f} tokens/s  active {self._active()}  peak {self.meter.peak_bytes / 2**30:.2f} GiB"
+                f"  {timedelta(seconds=round(left))} left"
             )
+
+    def _active(self) -> str:
+        """Parameters trained in the last step, and in how many blocks."""
+        blocks = f" in {self.meter.num_active_blocks} blocks" if self.meter.num_active_blocks else ""
+        return f"{self.meter.active_numel / 1e6:.3g}M{blocks}"
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bar."""

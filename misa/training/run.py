@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -15,15 +16,17 @@ from misa.files import new_folder, write_text
 from misa.results import (
     CURVES_FILE,
     RESULT_FILE,
-    CurvePoint,
     Result,
     provenance,
     read_result,
     write_curves,
     write_result,
 )
-from misa.training.checkpoints import RUN_FILE, checkpoints, latest_checkpoint, remove_checkpoints, step_of
+from misa.training.checkpoints import RUN_FILE, checkpoints, fault, latest_checkpoint, remove_checkpoints, step_of
+from misa.training.curves import curve_points, mean_loss
+from misa.training.errors import DivergedError
 from misa.training.options import MethodOptions, RunOptions
+from misa.training.space import require_space
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ INCIDENTAL = frozenset(
         *("output_dir", "checkpoint_dir", "keep_checkpoints", "overwrite_output_dir", "run", "method_settings"),
         # The digest of the data says what they hold.
         *("data_dir", "tokenized_dir"),
+        *("stop_on_nan", "tags", "task_name", "evaluate_at_last", "evaluation_data_dir"),
         *("disable_tqdm", "report_to", "run_name", "project", "skip_memory_metrics", "logging_dir"),
         *("do_train", "do_eval", "do_predict", "local_rank", "enable_jit_checkpoint", "use_cpu"),
         *("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
@@ -44,15 +48,6 @@ INCIDENTAL = frozenset(
         *("optim", "optim_args", "optim_target_modules"),
     )
 )
-
-# Names in the curves, and under which names transformers logs them.
-CURVES = {
-    "train_loss": "loss",
-    "eval_loss": "eval_loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "active_numel": "active_numel",
-}
 
 
 @dataclass
@@ -91,6 +86,7 @@ class Job:
         data_digest: SHA-256 over the data files.
         command: The command line.
         make: Makes the parts.
+        evaluation: Words of the `misa.evaluate` command that scores the trained model, or None.
     """
 
     kind: Literal["finetune", "pretrain"]
@@ -103,6 +99,7 @@ class Job:
     data_digest: str
     command: Sequence[str]
     make: Callable[[], Parts]
+    evaluation: Sequence[str] | None = None
 
     def config(self) -> dict[str, Any]:
         """Return every setting, resolved, in types that JSON keeps."""
@@ -144,6 +141,8 @@ def _begin(job: Job) -> Result | tuple[Parts, Any, Any, Any]:
     if (done := _finished(job, output, scratch)) is not None:
         logger.info("%s is finished: %s is there, nothing to do", job.name, output / RESULT_FILE)
         return done
+    if job.run.is_checkpoint() and (problem := fault(Path(str(job.run.continue_from)))) is not None:
+        raise ValueError(f"continue_from is {job.run.continue_from!r}, a checkpoint that cannot be used: {problem}")
     _claim(job, scratch)
     return _prepare(job)
 
@@ -151,7 +150,10 @@ def _begin(job: Job) -> Result | tuple[Parts, Any, Any, Any]:
 def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
     scratch = Path(job.training.output_dir)
     try:
-        _train(trainer, meter, latest_checkpoint(scratch))
+        checkpoint = latest_checkpoint(scratch)
+        if checkpoint is None and job.run.is_checkpoint():
+            checkpoint = Path(str(job.run.continue_from))
+        _train(trainer, meter, checkpoint)
     except KeyboardInterrupt:
         logger.info("stopped; the same command continues from the last checkpoint in %s", scratch)
         raise
@@ -240,6 +242,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         seed=arguments.seed,
         options=job.method.given(),
     )
+    if built.steps_in_backward:
+        _require_one_pass(job.method.method, arguments)
     logger.info("%s: %s", job.method.method, built.description)
     meter = Meter()
     trainer = Trainer(
@@ -252,10 +256,26 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         optimizer_cls_and_kwargs=built.optimizer_cls_and_kwargs,
         callbacks=[meter, Schedule(evaluate_at_end=parts.eval_dataset is not None)],
     )
+    trainer.stop_on_nan = job.run.stop_on_nan
+    require_space(job, built)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(meter, bar=False if arguments.disable_tqdm else None))
     return parts, built, trainer, meter
+
+
+def _require_one_pass(method: str, arguments: Any) -> None:
+    """Refuse what cannot be had where gradients are applied and freed in the backward pass."""
+    reason = f"method {method} applies each gradient in the backward pass, so"
+    if arguments.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"{reason} gradients cannot be accumulated: gradient_accumulation_steps is "
+            f"{arguments.gradient_accumulation_steps}, allowed is 1"
+        )
+    if arguments.max_grad_norm:
+        raise ValueError(
+            f"{reason} they cannot be clipped together: max_grad_norm is {arguments.max_grad_norm}, allowed is 0"
+        )
 
 
 def _train(trainer: Any, meter: Any, checkpoint: Path | None) -> None:
@@ -281,16 +301,17 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
     points = curve_points(history)
     losses = [point for point in points if point.metric == "train_loss"]
     evaluations = [point.value for point in points if point.metric == "eval_loss"]
-    metrics = {"train_loss": _mean_loss(losses), "final_train_loss": losses[-1].value}
+    metrics = {"train_loss": mean_loss(losses), "final_train_loss": losses[-1].value}
     if evaluations:
         metrics |= {"eval_loss": evaluations[-1], **parts.metrics(evaluations[-1])}
     num_tokens = trainer.state.num_input_tokens_seen
     metrics |= {"num_steps": trainer.state.global_step, "num_tokens": num_tokens}
     # Without a result file, a model folder is a leftover of a run that was killed while writing.
     shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
-    with new_folder(output / MODEL_FOLDER, last="config.json") as folder:
-        trainer.model.save_pretrained(folder)
-        parts.tokenizer.save_pretrained(folder)
+    if job.run.save_model:
+        with new_folder(output / MODEL_FOLDER, last="config.json") as folder:
+            trainer.model.save_pretrained(folder)
+            parts.tokenizer.save_pretrained(folder)
     write_curves(points, output / CURVES_FILE)
     result = Result(
         run=job.name,
@@ -310,34 +331,6 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
     return result
 
 
-def curve_points(history: Sequence[dict[str, Any]]) -> list[CurvePoint]:
-    """Turn a Trainer's log history into rows of the curve file.
-
-    Args:
-        history: `trainer.state.log_history`.
-    """
-    return [
-        CurvePoint(
-            step=entry["step"],
-            tokens=entry.get("num_input_tokens_seen", 0),
-            time_s=entry.get("time_s", 0.0),
-            metric=metric,
-            value=entry[logged],
-        )
-        for entry in history
-        for metric, logged in CURVES.items()
-        # The number of active parameters belongs to a training step, and is noted at every entry.
-        if logged in entry and (metric != "active_numel" or "loss" in entry)
-    ]
-
-
-def _mean_loss(losses: Sequence[CurvePoint]) -> float:
-    """Return the mean over all steps; each point is the mean over the steps since the one before."""
-    steps = [point.step for point in losses]
-    counts = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
-    return sum(point.value * count for point, count in zip(losses, counts, strict=True)) / steps[-1]
-
-
 def run_command(prog: str, job: Callable[[], Job]) -> int:
     """Run a training command and turn errors of its user into one line.
 
@@ -346,7 +339,7 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
         job: Makes the job from the command line.
 
     Returns:
-        Exit status: 0 done, 2 something asked for is wrong, 130 interrupted.
+        Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("misa").setLevel(logging.INFO)
@@ -365,6 +358,18 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
         # From here on an error is one of the program, and shows where it comes from.
         if not isinstance(begun, Result):
             _complete(asked, *begun)
+        if asked.evaluation is not None:
+            from misa.evaluate import main as evaluate
+
+            return evaluate(asked.evaluation)
     except KeyboardInterrupt:
         return 130
+    except DivergedError as error:
+        print(f"{prog}: error: {error}; no result is written (--stop_on_nan false goes on)", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"{prog}: error: the disk is full: {error.filename or ''}; what was saved before stays", file=sys.stderr)
+        return 1
     return 0

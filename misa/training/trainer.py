@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from misa.data.sampling import SeededSampler
 from misa.files import write_text
 from misa.training.checkpoints import STAGING_FOLDER, seal
+from misa.training.errors import DivergedError
 
 # Where a streamed data set stood.
 STREAM_FILE = "stream.json"
@@ -28,7 +31,47 @@ class Trainer(transformers.Trainer):
     random numbers first (LoRA's adapters) would see other batches, and a resumed run would not find its order again.
     """
 
+    stop_on_nan = True
     _staging: str | None = None
+    # Losses of this step's passes that have not been looked at yet.
+    _losses: list[Any]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one pass, and look at its loss: at once on a processor, elsewhere once a step, to wait less often."""
+        loss = super().training_step(*args, **kwargs)
+        if not self.stop_on_nan:
+            return loss
+        self._losses = [*getattr(self, "_losses", []), loss.detach()]
+        last = self.accelerator.sync_gradients
+        if last or loss.device.type == "cpu":
+            losses = self._losses
+            finite = [bool(value) for value in torch.isfinite(torch.stack(losses))]
+            if not all(finite):
+                bad = finite.index(False)
+                self._losses = []
+                raise DivergedError(self._divergence(float(losses[bad]), bad))
+            if last:
+                self._losses = []
+        return loss
+
+    def _divergence(self, loss: float, number: int) -> str:
+        """Say at which step and for which records the loss broke."""
+        where = f"loss is {loss} at step {self.state.global_step + 1}"
+        try:
+            sampler = self._get_train_sampler()
+            size = self._train_batch_size
+            accumulation = self.args.gradient_accumulation_steps
+            in_epoch = math.ceil(len(sampler) / (size * self.args.world_size))
+            steps = math.ceil(in_epoch / accumulation)
+            epoch, step = divmod(self.state.global_step, steps)
+            if hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch)
+            begin = (step * accumulation + number) * size * self.args.world_size
+            records = list(sampler)[begin : begin + size * self.args.world_size]
+        except TypeError:
+            # A stream has no length.
+            return f"{where}, pass {number + 1} of the step"
+        return f"{where} (epoch {epoch + 1}), in the batch of training records {', '.join(map(str, records))}"
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -39,11 +82,11 @@ class Trainer(transformers.Trainer):
             # All processes draw from one order, so a batch of equal lengths is the batch of all of them.
             batch_size = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             return SeededSampler(len(dataset), seed, lengths, batch_size)
-        sampler = super()._get_train_sampler(train_dataset)
-        # Items without lengths are all equally long.
-        if isinstance(sampler, RandomSampler) or strategy == "group_by_length":
+        # Items without lengths are all equally long; transformers would read them all to find that out.
+        if strategy == "group_by_length" and has_length(dataset):
             return SeededSampler(len(dataset), seed)
-        return sampler
+        sampler = super()._get_train_sampler(train_dataset)
+        return SeededSampler(len(dataset), seed) if isinstance(sampler, RandomSampler) else sampler
 
     def continue_from(self, checkpoint: Path) -> None:
         """Train on from a checkpoint.

@@ -148,7 +148,7 @@ def test_style_knows_every_method_category_and_scheme_of_the_package():
     from misa.dynamics.variance import SCHEMES
     from misa.methods import METHODS as BUILT
 
-    assert set(BUILT) <= set(s.METHODS)
+    assert set(BUILT) <= set(s.METHODS) | set(s.VARIANTS)
     assert tuple(s.CATEGORIES) == CATEGORIES
     assert tuple(s.SCHEMES) == SCHEMES
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ import torch
 
 from misa import pretrain, train
 from misa.data import instruction
+from misa.data.corpus import BlockDataset
 from misa.models import load_model, load_tokenizer
 from misa.results import read_curves, read_result
 from misa.training.options import CommonTrainingOptions
@@ -200,20 +203,121 @@ def test_pretraining_reports_perplexity_and_bits(pretrain_words: Callable[..., l
     assert model.config.vocab_size == len(load_tokenizer(tmp_path / "adamw-s0" / "model"))
 
 
-def test_diverged_run_says_so(pretrain_words: Callable[..., list[str]], tmp_path: Path) -> None:
-    words = pretrain_words("wild", method="adamw", learning_rate=1e30, max_grad_norm=0, lr_scheduler_type="constant")
-    assert pretrain.main(words) == 0
+def test_diverged_run_stops_with_step_and_records(
+    pretrain_words: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[list[int]] = [[]]
+    original = BlockDataset.__getitem__
+
+    def watch(self: BlockDataset, index: int) -> Any:
+        if len(taken[-1]) == 2:
+            taken.append([])
+        taken[-1].append(index)
+        return original(self, index)
+
+    monkeypatch.setattr(BlockDataset, "__getitem__", watch)
+    options = {"method": "adamw", "learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    assert pretrain.main(pretrain_words("wild", gradient_accumulation_steps=2, **options)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    found = re.search(
+        r"loss is (?:nan|inf) at step ([2-4]) \(epoch 1\), in the batch of training records (\d+), (\d+);", error
+    )
+    assert found, error
+    # The same order the run took them in: two passes of two records a step.
+    step, *records = map(int, found.groups())
+    assert records in (taken[2 * step - 2], taken[2 * step - 1])
+    assert not (tmp_path / "wild" / "result.json").exists()
+
+
+def test_diverged_run_can_go_on_and_says_so(pretrain_words: Callable[..., list[str]], tmp_path: Path) -> None:
+    options = {"method": "adamw", "learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    assert pretrain.main(pretrain_words("wild", stop_on_nan="false", **options)) == 0
     result = read_result(tmp_path / "wild")
     assert not math.isfinite(result.metrics["final_train_loss"])
     assert not math.isfinite(result.metrics["eval_loss"])
 
 
+def test_full_disk_is_found_before_training(
+    finetune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 300_000, 300_000))
+    assert finetune("run", method="adamw") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has 0 MiB free, but this run needs about" in error
+    assert not list(tmp_path.glob("run/checkpoints/checkpoint-*"))
+    # Without checkpoints the model alone, of about 200 KB, is left to write.
+    assert finetune("run", method="adamw", save_strategy="no") == 0
+
+
+def test_progress_shows_blocks_and_peak(finetune: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune("run", method="badam", max_steps=2) == 0
+    line = r"step 2/2  loss \d\.\d+  lr \S+  \d+ tokens/s  active 0\.0\d+M in 1 blocks  peak \d\.\d\d GiB"
+    assert re.search(line, capsys.readouterr().err)
+
+
+def test_run_continues_from_a_checkpoint_elsewhere_and_from_a_model(
+    finetune: Callable[..., int], small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("whole", "--keep_checkpoints", method="misa", budget=0.2, interval=2) == 0
+    checkpoint = tmp_path / "whole" / "checkpoints" / "checkpoint-6"
+    assert finetune("rest", method="misa", budget=0.2, interval=2, continue_from=checkpoint) == 0
+    assert outcome(tmp_path / "rest") == outcome(tmp_path / "whole")
+    # A model folder gives the weights alone: the curve begins where the model ended.
+    assert finetune("on", "--eval_on_start", method="misa", continue_from=tmp_path / "whole" / "model") == 0
+    first = next(p for p in read_curves(tmp_path / "on") if p.metric == "eval_loss")
+    assert first.step == 0
+    assert first.value == pytest.approx(read_result(tmp_path / "whole").metrics["eval_loss"], rel=1e-5)
+    (checkpoint / "optimizer.pt").unlink()
+    assert finetune("broken", method="misa", budget=0.2, interval=2, continue_from=checkpoint) == 2
+    assert "optimizer.pt is missing" in capsys.readouterr().err
+    assert finetune("none", continue_from=tmp_path / "nowhere") == 2
+    assert "which is no folder" in capsys.readouterr().err
+
+
+def test_trained_model_is_scored_at_last(
+    finetune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With the one generated task, since the sets of the two published task names need a folder of their own.
+    monkeypatch.setitem(train.TASKS, "math", "misa_family")
+    asked = {"method": "misa", "max_steps": 2, "task_name": "math", "evaluation_data_dir": tmp_path / "sets"}
+    assert finetune("run", "--evaluate_at_last", **asked) == 2
+    assert "no such folder; name the folder with --evaluation_data_dir" in capsys.readouterr().err
+    (tmp_path / "sets").mkdir()
+    record = {"instruction": "Who?", "input": "", "output": "-", "answer": "mother"}
+    (tmp_path / "sets" / "test.jsonl").write_text(json.dumps(record) + "\n")
+    assert finetune("run", "--evaluate_at_last", **asked) == 0
+    scores = read_result(tmp_path / "run" / "evaluation")
+    assert scores.config["base_run"] == "run"
+    assert scores.metrics["misa_family/num_documents"] == 1
+
+
+def test_model_need_not_be_written(finetune: Callable[..., int], tmp_path: Path) -> None:
+    assert finetune("run", method="misa", max_steps=2, save_model="false") == 0
+    assert not (tmp_path / "run" / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words", "message"),
     [
+        ({"report_to": "trackio"}, [], "report_to is 'trackio', which is not installed: pip install trackio"),
+        ({"optim": "adafactor"}, [], "--optim is 'adafactor', but the optimizer is chosen by --method"),
+        ({"method": "galore_layerwise"}, [], "cannot be clipped together: max_grad_norm is 1.0, allowed is 0"),
+        (
+            {"method": "misa", "max_grad_norm": 0, "gradient_accumulation_steps": 2},
+            ["--step_in_backward", "true"],
+            "cannot be accumulated: gradient_accumulation_steps is 2, allowed is 1",
+        ),
+        ({}, ["--evaluate_at_last"], "evaluate_at_last: task_name is None, allowed is math, commonsense"),
+        ({"attn_implementation": "best"}, [], "best"),
+        ({"gguf_file": "no.gguf"}, [], "no file at"),
+        ({"model_name_or_path": "no.gguf"}, [], "no file at no.gguf"),
         ({"model_name_or_path": "./nowhere"}, [], "no folder at ./nowhere"),
         ({"dataset_path": "./nowhere"}, [], "data source nowhere is neither a folder nor a file"),
-        ({"method": "magic"}, [], "method='magic': must be one of adamw, lora"),
+        ({"method": "magic"}, [], "method='magic': must be one of adamw, adamw_bf16"),
         ({"method": "adamw", "budget": 0.1}, [], "method adamw: has no option budget"),
         ({"eta": "high"}, [], "eta is 'high', allowed is a number from 0 up, or auto"),
         ({"dtype": "int4"}, [], "dtype is 'int4', allowed is bfloat16"),
@@ -224,7 +328,7 @@ def test_diverged_run_says_so(pretrain_words: Callable[..., list[str]], tmp_path
         ({}, ["--learning_rat", "1"], "unknown option --learning_rat; did you mean --learning_rate?"),
         ({}, ["--dataloader_num_worker", "1"], "unknown option --dataloader_num_worker; did you mean --dataloader_num"),
         ({}, ["--eval_strategy", "often"], "often"),
-        ({}, ["--granularity", "word"], "--granularity: invalid choice"),
+        ({}, ["--granularity", "word"], "--granularity is 'word': allowed is module, layer, half, matrix"),
     ],
 )
 def test_wrong_input_ends_with_one_line(
