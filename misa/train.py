@@ -148,6 +148,7 @@ def make_job(
     if not apart:
         records = records[finetune.validation_samples :]
     settings = {**vars(finetune), **vars(loading), "dtype": resolve_dtype(finetune.dtype)}
+    weights = run.model_source(finetune.model_name_or_path)
 
     def make() -> Parts:
         if finetune.tokenizer_name_or_path is None:
@@ -156,7 +157,7 @@ def make_job(
             # Revision and GGUF file are the model's.
             own = replace(loading, revision=None, gguf_file=None)
             tokenizer = load_tokenizer(finetune.tokenizer_name_or_path, own)
-        model = load_model(run.model_source(finetune.model_name_or_path), settings["dtype"], loading)
+        model = load_model(weights, settings["dtype"], loading)
 
         def dataset(records: Any) -> InstructionDataset:
             return InstructionDataset(

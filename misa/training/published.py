@@ -163,6 +163,7 @@ def translate_pretrain(words: Sequence[str]) -> list[str]:
         if "dataset_path" not in line.own:
             line.ours["dataset_path"] = "c4"
         if "padding" not in line.own:
+            # Theirs pads each document to the full length.
             line.ours["padding"] = "max_length"
     elif "eval_every" in line.given:
         line.set("eval_strategy", "steps", "eval_every")

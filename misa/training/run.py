@@ -38,9 +38,9 @@ INCIDENTAL_PREFIXES = ("dataloader_", "hub_", "log_", "push_to_", "save_", "trac
 INCIDENTAL = frozenset(
     (
         *("output_dir", "checkpoint_dir", "keep_checkpoints", "overwrite_output_dir", "run", "method_settings"),
+        *("stop_on_nan", "tags", "task_name", "evaluate_at_last", "evaluation_data_dir"),
         # The digest of the data says what they hold.
         *("data_dir", "tokenized_dir"),
-        *("stop_on_nan", "tags", "task_name", "evaluate_at_last", "evaluation_data_dir"),
         *("disable_tqdm", "report_to", "run_name", "project", "skip_memory_metrics", "logging_dir"),
         *("do_train", "do_eval", "do_predict", "local_rank", "enable_jit_checkpoint", "use_cpu"),
         *("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
