@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa.gradients import TINY, NormSums, Number, all_finite, each, gradient_norm
-from misa.inner import FusedAdamW, make_inner
+from misa.gradients import TINY, NormSums, Number, all_finite, each
+from misa.inner import FusedAdamW, Spare, make_inner
 from misa.optimizer.settings import Settings
 from misa.parameters import Entry, moved
 
@@ -41,9 +41,8 @@ class ActiveSet:
         self._inners: list[Any] = []
         self._handles: list[Any] = []
         if settings.order == "importance" or settings.step_in_backward:
-            self._handles = [
-                e.param.register_post_accumulate_grad_hook(self._hook(k, e)) for k, e in enumerate(self.entries)
-            ]
+            for k, e in enumerate(self.entries):
+                self._handles.append(e.param.register_post_accumulate_grad_hook(self._hook(k, e)))
 
     def detach(self) -> None:
         """Remove the hooks and hand the inner state back to the entries."""
@@ -70,16 +69,16 @@ class ActiveSet:
         if self._settings.step_in_backward and overflow is not None:
             raise ValueError("step_in_backward=True: cannot be driven by a GradScaler; use bf16 instead of fp16")
         blocks = [e.block for e in entries]
-        squares = self.norms.squares(blocks, [_norm(e) if e.norm is None else e.norm for e in entries])
+        squares = self.norms.squares(blocks, [e.measure() if e.norm is None else e.norm for e in entries])
         if overflow is not None and scale is None:  # the scaler has unscaled the gradients since the hooks measured
-            measured, squares = squares, self.norms.squares(blocks, [_norm(e) for e in entries])
+            measured, squares = squares, self.norms.squares(blocks, [e.measure() for e in entries])
             self.unscale = (sum(squares) / (sum(measured) + TINY)) ** 0.5
         elif scale is not None:
             factor = self.unscale = 1 / (scale.item() if isinstance(squares, list) else scale.to(squares.device))
             squares = each(lambda x: x * factor * factor, squares)
         good = all_finite(squares, overflow)
         if not self._settings.step_in_backward:
-            self._ensure_inner()
+            self.prepare(Spare())
             self._run(self._inners[0], entries, good, scale)
         self.norms.add(squares, good)
         for e in entries:
@@ -94,16 +93,14 @@ class ActiveSet:
                 self._narrow(self.entries)
 
     def _hook(self, number: int, entry: Entry) -> Callable[[Tensor], None]:
-        """Measures a gradient (before clipping, over all micro-batches so far) or applies it when it is ready.
-
-        Weak references, so that the hooks of a forgotten optimizer do nothing.
-        """
+        """Measures a gradient, before clipping and over all micro-batches so far, or applies it when it is ready."""
+        # Weak references, so that the hooks of a forgotten optimizer do nothing.
         owner, measured = weakref.ref(self), weakref.ref(entry)
 
         def measure(p: Tensor) -> None:
             e = measured()
             if e is not None and p.grad is not None:
-                e.norm = gradient_norm(p.grad)
+                e.norm = e.measure()
 
         def apply(p: Tensor) -> None:
             active = owner()
@@ -120,21 +117,21 @@ class ActiveSet:
                 "step_in_backward=True applies a gradient as soon as it is ready, so it cannot be accumulated over "
                 "several backward passes: call step() after each, or turn step_in_backward off"
             )
-        self._ensure_inner()
-        entry.norm = _norm(entry)
+        self.prepare(Spare())
+        entry.norm = entry.measure()
         good = all_finite(entry.norm if isinstance(entry.norm, Tensor) else [entry.norm])
         self._run(self._inners[number], [entry], good, None)
         entry.param.grad = None
 
-    def _ensure_inner(self) -> None:
-        """Make master copies and the inner optimizer, at the first step of a round."""
+    def prepare(self, spare: Spare) -> None:
+        """Make master copies, the inner optimizer and its moments, unless that is done."""
         if self._inners:
             return
         for e in self.entries:
             if e.master is not None:
                 e.master = e.master.to(e.param.device)
             elif self._settings.state_format == "master" and e.param.dtype in (torch.bfloat16, torch.float16):
-                e.make_master()
+                e.make_master(spare)
         for entries in [[e] for e in self.entries] if self._settings.step_in_backward else [self.entries]:
             groups = [
                 {"params": targets, "outer": i, **self._hyperparameters(group)}
@@ -147,7 +144,10 @@ class ActiveSet:
                 if e.saved is not None:
                     inner.state[e.target].update(moved(e.saved, e.param.device))
                     e.saved = None
+            if isinstance(inner, FusedAdamW):
+                inner.make_state([e.target for e in entries], spare)
             self._inners.append(inner)
+            self._show_state(inner, entries)
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the inner optimizer takes over from a group: all of it, or lr and decay if it is not one of ours."""
@@ -184,7 +184,10 @@ class ActiveSet:
         for e in entries:
             e.version = e.param._version
         if len(self._state) < len(self.entries):
-            self._state.update({e.param: inner.state[e.target] for e in entries if e.target in inner.state})
+            self._show_state(inner, entries)
+
+    def _show_state(self, inner: Any, entries: list[Entry]) -> None:
+        self._state.update({e.param: inner.state[e.target] for e in entries if e.target in inner.state})
 
     def _narrow(self, entries: list[Entry]) -> None:
         """Write the masters to their weights."""
@@ -193,8 +196,3 @@ class ActiveSet:
                 e.master.grad = None
                 e.param.copy_(e.master)
                 e.version = e.param._version
-
-
-def _norm(e: Entry) -> Number:
-    assert e.param.grad is not None
-    return gradient_norm(e.param.grad)
