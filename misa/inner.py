@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from misa.optimizer.settings import Settings
@@ -40,29 +40,12 @@ def make_inner(
     return RoundedAdamW(groups, generator=generator, moments_dtype=moments)
 
 
-class Spare:
-    """Buffers of what goes off at a switch, for what comes on: the system need not give memory anew, page by page."""
-
-    def __init__(self) -> None:
-        self._buffers: defaultdict[Any, list[Tensor]] = defaultdict(list)
-
-    def give(self, tensor: Any) -> None:
-        """Offer a tensor that nobody needs any more; scalars and what is not a plain tensor are let go."""
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.ndim and tensor.is_contiguous():
-            self._buffers[tensor.shape, tensor.dtype, tensor.device].append(tensor.detach())
-
-    def take(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of the same shape and device with any content, given before or new."""
-        given = self._buffers.get((like.shape, dtype, like.device)) if like.is_contiguous() else None
-        return given.pop() if given else torch.empty_like(like, dtype=dtype)
-
-
-def make_master(weight: Tensor, residual: Tensor | None, edited: bool, spare: Spare) -> Tensor:
+def make_master(weight: Tensor, residual: Tensor | None, edited: bool) -> Tensor:
     """fp32 copy of a weight, with the residual that `cut_residual` kept of an earlier one.
 
     Where the weight was edited meanwhile, its residual means nothing.
     """
-    master = spare.take(weight, torch.float32).copy_(weight)
+    master = weight.float()
     if residual is None:
         return master
     if not edited:
@@ -136,18 +119,18 @@ class FusedAdamW:
             batch.step(found_inf, grad_scale)
         plan.free_rooms()
 
-    def make_state(self, params: Iterable[Tensor], spare: Spare) -> None:
+    def make_state(self, params: Iterable[Tensor]) -> None:
         """Make the moments of parameters that have none yet."""
         for p in params:
             if not (state := self.state[p]):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = spare.take(p.detach(), p.dtype).zero_()
-                state["exp_avg_sq"] = spare.take(p.detach(), p.dtype).zero_()
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def _make_plan(self) -> tuple[_Plan, bool]:
         """What a step does with the tensors that have a gradient, and whether that is all of them."""
         with_grad = [p for p, weight in zip(self._all, self._sources, strict=True) if weight.grad is not None]
-        self.make_state(with_grad, Spare())
+        self.make_state(with_grad)
         batches: list[_Batch] = []
         rooms = {device: self._make_room(device) for device in dict.fromkeys(p.device for p in self._weights)}
         for group in self.param_groups:

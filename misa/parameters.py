@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from misa.gradients import Number, gradient_norm
-from misa.inner import Spare, cut_residual, follow_weight, make_master
+from misa.inner import cut_residual, follow_weight, make_master
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -139,9 +139,9 @@ class Entry:
         assert self.param.grad is not None
         return gradient_norm(self.param.grad)
 
-    def make_master(self, spare: Spare) -> None:
+    def make_master(self) -> None:
         """Copy the weight to fp32, with what an earlier master held beyond the weight's precision."""
-        self.master = make_master(self.param.detach(), self.residual, self.param._version != self.version, spare)
+        self.master = make_master(self.param.detach(), self.residual, self.param._version != self.version)
         self.residual, self.version = None, self.param._version
 
     def follow_outside_edits(self) -> None:
@@ -149,12 +149,10 @@ class Entry:
         if self.master is not None and self.param._version != self.version:
             follow_weight(self.master, self.param.detach())
 
-    def drop_state(self, keep_residual: bool, spare: Spare) -> None:
-        """Give up the inner state and the master copy."""
+    def drop_state(self, keep_residual: bool) -> None:
+        """Free the inner state and the master copy."""
         if self.master is not None and keep_residual:
             self.residual = cut_residual(self.master, self.param.detach())
-        for tensor in (self.master, *(self.saved or {}).values()):
-            spare.give(tensor)
         self.saved = self.master = None
 
     def move_state(self, device: torch.device | str) -> None:

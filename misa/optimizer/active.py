@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from misa.gradients import TINY, NormSums, Number, all_finite, each
-from misa.inner import FusedAdamW, Spare, make_inner
+from misa.inner import FusedAdamW, make_inner
 from misa.optimizer.settings import Settings
 from misa.parameters import Entry, moved
 
@@ -78,7 +78,7 @@ class ActiveSet:
             squares = each(lambda x: x * factor * factor, squares)
         good = all_finite(squares, overflow)
         if not self._settings.step_in_backward:
-            self.prepare(Spare())
+            self.prepare()
             self._run(self._inners[0], entries, good, scale)
         self.norms.add(squares, good)
         for e in entries:
@@ -117,13 +117,13 @@ class ActiveSet:
                 "step_in_backward=True applies a gradient as soon as it is ready, so it cannot be accumulated over "
                 "several backward passes: call step() after each, or turn step_in_backward off"
             )
-        self.prepare(Spare())
+        self.prepare()
         entry.norm = entry.measure()
         good = all_finite(entry.norm if isinstance(entry.norm, Tensor) else [entry.norm])
         self._run(self._inners[number], [entry], good, None)
         entry.param.grad = None
 
-    def prepare(self, spare: Spare) -> None:
+    def prepare(self) -> None:
         """Make master copies, the inner optimizer and its moments, unless that is done."""
         if self._inners:
             return
@@ -131,7 +131,7 @@ class ActiveSet:
             if e.master is not None:
                 e.master = e.master.to(e.param.device)
             elif self._settings.state_format == "master" and e.param.dtype in (torch.bfloat16, torch.float16):
-                e.make_master(spare)
+                e.make_master()
         for entries in [[e] for e in self.entries] if self._settings.step_in_backward else [self.entries]:
             groups = [
                 {"params": targets, "outer": i, **self._hyperparameters(group)}
@@ -145,7 +145,7 @@ class ActiveSet:
                     inner.state[e.target].update(moved(e.saved, e.param.device))
                     e.saved = None
             if isinstance(inner, FusedAdamW):
-                inner.make_state([e.target for e in entries], spare)
+                inner.make_state([e.target for e in entries])
             self._inners.append(inner)
             self._show_state(inner, entries)
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from misa.gradients import Probe
-from misa.inner import Spare
 from misa.integration.first_forward import FirstForward
 from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
@@ -216,7 +215,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._on.detach()
         self._on = self._active_set()
         for e in self._entries.values():
-            e.drop_state(False, Spare())
+            e.drop_state(keep_residual=False)
             e.residual = e.param.grad = None
         for p in self._owned:
             set_trainable(p, True)
@@ -286,14 +285,14 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._round += 1
         self._step_in_round = 0
         self._draw()
-        policy, spare = self.settings.state_policy, Spare()
+        policy = self.settings.state_policy
         for e in before:
             stays = e.block < 0 or e.block in self._active
             if policy == "reset" or (policy == "drop" and not stays):
-                e.drop_state(self.settings.residual == "cpu", spare)
+                e.drop_state(keep_residual=self.settings.residual == "cpu")
             elif policy == "cpu" and not stays:
                 e.move_state("cpu")
-        self._on.prepare(spare)
+        self._on.prepare()
 
     def _measured(self) -> tuple[Tensor, Tensor]:
         """The round's mean of what is scored, for every block, and which blocks were measured."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from misa import inner
 from misa.gradients import gradient_norm
-from misa.inner import FusedAdamW, Spare, round_stochastically_
+from misa.inner import FusedAdamW, round_stochastically_
 from misa.optimizer import LISA, MISA, BAdam, BlockCoordinateOptimizer, Settings
 
 
@@ -57,9 +57,9 @@ def test_master_made_again_is_the_one_dropped(dtype):
     optimizer._on.step(optimizer._on.with_gradient(), None, None)
     optimizer.zero_grad()
     master = entry.master.clone()
-    entry.drop_state(keep_residual=True, spare=Spare())
+    entry.drop_state(keep_residual=True)
     assert entry.residual.dtype == torch.bfloat16
-    entry.make_master(Spare())
+    entry.make_master()
     assert torch.equal(entry.master.to(dtype), entry.param)
     spacing = (entry.master - entry.param.float()).abs().max()
     assert (entry.master - master).abs().max() <= spacing / 128
@@ -75,7 +75,7 @@ def test_residual_of_an_edited_weight_is_forgotten():
     assert entry.residual is not None
     with torch.no_grad():
         weight[0], weight[1] = 0.0, 3.0
-    entry.make_master(Spare())
+    entry.make_master()
     assert not entry.master[0].any()
     assert torch.equal(entry.master.bfloat16(), weight)
 
