@@ -1,26 +1,27 @@
 """Peak memory of a training step by formula, beside the tracker's count.
 
-For decoders of the LLaMA kind (RMS norms, rotary positions, grouped queries, gated feed-forward), trained whole, block by
-block, or through LoRA adapters. With T tokens in the batch, H hidden size, F feed-forward size, Q and K the widths of
+For decoders of the LLaMA kind (RMS norms, rotary positions, grouped queries, gated feed-forward), trained whole, block
+by block, or through LoRA adapters. With T tokens in the batch, H hidden size, F feed-forward size, Q and K the widths of
 queries and keys, N query heads, V vocabulary, w bytes of a weight (2 for bf16), a layer that is differentiated keeps:
 
-==========================  ===================================================================================
+==========================  ==========================================================================
 term                        why
-==========================  ===================================================================================
+==========================  ==========================================================================
 2 (4TH + 4T)                each norm keeps its input in fp32 and one fp32 factor a token
 w TH for each trained norm  the normalized input, for the gradient of its weight
-w TH                        the norm's output, if a matrix that reads it trains: q, k, v share one, gate and up another
+w TH                        the norm's output, if a matrix that reads it trains; q, k, v share one, gate and
+                            up another
 w T (2Q + 2K) + 4TN         queries, keys, values and output of the fused attention, and fp32 sums of each head
 3 w TF                      gate, up, and the activated gate
 w TF                        the product of the two, if down trains
-==========================  ===================================================================================
+==========================  ==========================================================================
 
 The lowest layer that trains keeps only what lies above its lowest trained matrix, the layers below nothing. A
-checkpointed layer keeps its input, w TH, and all of the above while it is recomputed. On top come the final norm (4TH +
-4T), the logits (10 VT bytes at the end of the forward pass, 12 VT in the backward pass: fp32 log-probabilities and their
-two gradients) or a chunk of them, and while a layer's feed-forward is differentiated three matrices of w TF and one of
-w TH. An fp32 adapter keeps a copy of its input, 4 T(in), and with dropout a mask of one byte an element; adapters of the
-weights' precision keep what a trained matrix keeps.
+checkpointed layer keeps its input, w TH, and all of the above while it is recomputed. On top come the final norm,
+4TH + 4T, and the logits: 10 VT bytes at the end of the forward pass, 12 VT in the backward pass (fp32 log-probabilities
+and their two gradients), or a chunk of them. While a layer's feed-forward is differentiated, three matrices of w TF and
+one of w TH join. An fp32 adapter keeps a copy of its input, 4 T(in), and with dropout a mask of one byte an element;
+adapters of the weights' precision keep what a trained matrix keeps.
 
 Which of these are alive together differs between the loss, each layer's backward pass and the optimizer's step: the
 formula is the largest of these sums.
@@ -164,7 +165,10 @@ class ClosedForm:
             chunk = min(CHUNK_TOKENS, tokens) * self.vocabulary * (6 if w == 2 else 8)
             moments["loss"] = base + sum(saved) + ends + chunk + head_gradient + w * tokens * self.hidden
         live = base + head_gradient + w * outside["norm"]
-        flow = w * tokens * (3 * self.inner + self.hidden) + (4 * tokens * self.inner if width == 4 and adapters else 0)
+        # Three matrices for the gradients of gate, up and their product; when they exist, what down kept is gone.
+        flow = w * tokens * (3 * self.inner + self.hidden)
+        if adapters:
+            flow += self.tokens * self.inner * (-w if width == w else 4 * (s.options.get("lora_dropout", 0.0) > 0))
         for i in reversed(range(lowest, self.layers)):
             passes = i > lowest or bool(outside["embed"]) or bool(set(by_layer.get(i, {})) - {"down_proj"})
             down = width * by_layer.get(i, {}).get("down_proj", 0)
