@@ -1,8 +1,9 @@
 """Peak memory of a training step by formula, beside the tracker's count.
 
 For decoders of the LLaMA kind (RMS norms, rotary positions, grouped queries, gated feed-forward), trained whole, block
-by block, or through LoRA adapters. With T tokens in the batch, H hidden size, F feed-forward size, Q and K the widths of
-queries and keys, N query heads, V vocabulary, w bytes of a weight (2 for bf16), a layer that is differentiated keeps:
+by block, or through LoRA adapters. T are the tokens of the batch, H the hidden size, F the feed-forward size, Q and K
+the widths of queries and keys, N the query heads, V the vocabulary, w the bytes of a weight (2 for bf16). A layer that
+is differentiated keeps:
 
 ==========================  ==========================================================================
 term                        why

@@ -1,8 +1,8 @@
 """The command `python -m misa.memory`: one training step per method, every live byte counted.
 
-With `--model` the model is simulated: fake tensors of full size, from a configuration alone. With `--model_name_or_path`
-it is real, which takes its memory. Each method gets its real optimizer; one step brings that into its steady state, the
-second is measured. Which tokens the batch holds does not matter for memory, so they are random.
+With `--model` the model is simulated: fake tensors of full size, from a configuration alone. With
+`--model_name_or_path` it is real, and takes its memory. Each method gets its real optimizer; one step brings that into
+its steady state, the second is measured. Which tokens the batch holds does not matter for memory, so they are random.
 """
 
 from __future__ import annotations

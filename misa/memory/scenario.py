@@ -112,18 +112,19 @@ class Laboratory:
     Args:
         scenario: What to build. Batch, sequence, checkpointing and loss can be changed for each measurement.
         real: Use real tensors on the CPU, for checks with small models.
+        rounding_bytes: Each storage counts as the next multiple of this. Default: CUDA's.
 
     Raises:
         ValueError: For an unknown model or an option the method does not have, or a budget no block fits.
     """
 
-    def __init__(self, scenario: Scenario, real: bool = False) -> None:
+    def __init__(self, scenario: Scenario, real: bool = False, rounding_bytes: int = CUDA_ROUNDING) -> None:
         self.scenario = scenario
         self.config = configuration(scenario.model)
         if scenario.num_layers is not None:
             self.config.num_hidden_layers = scenario.num_layers
         scenario.check_length(self.config)
-        self.real = real
+        self._rounding = rounding_bytes
         self._mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self._loss: ChunkedLoss | None = None
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -158,7 +159,7 @@ class Laboratory:
         kind, arguments = built.optimizer_cls_and_kwargs
         arguments = {**arguments, **self._engine_settings()}
         # Outside the mode, so that the scores and the draw, which have values, are real numbers.
-        with as_on_accelerator() if not self.real else _nothing():
+        with as_on_accelerator():
             self.optimizer: Any = make_optimizer(replace(built, optimizer_cls_and_kwargs=(kind, arguments)))
         self._fresh = self.optimizer.state_dict() if self.blocks else None
         self._is_primed = False
@@ -228,7 +229,7 @@ class Laboratory:
             **changes: Fields of the scenario to change: batch_size, seq_len, checkpointing, loss.
 
         Returns:
-            What the step held, storages rounded as CUDA rounds them (real ones are not).
+            What the step held.
 
         Raises:
             ValueError: For other fields, or values out of range.
@@ -243,14 +244,11 @@ class Laboratory:
             self._prime()
             batch = random_batch(self.config.vocab_size, s.batch_size, s.seq_len)
             gc.collect()
-            return measure_step(self.model, self.optimizer, batch, 1 if self.real else CUDA_ROUNDING)
+            return measure_step(self.model, self.optimizer, batch, self._rounding)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        if self._mode is None:
-            yield
-            return
-        with as_on_accelerator(), self._mode:
+        with as_on_accelerator(), self._mode or _nothing():
             yield
 
     def _prime(self) -> None:
