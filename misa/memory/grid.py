@@ -88,11 +88,11 @@ def measure_variant(name: str, model: str) -> Rows:
 
     for checkpointing in (False, True):
         for batch_size in BATCH_SIZES[: 1 if variant.is_detail else None]:
-            for seq_len in SEQ_LENS:
+            for seq_len in SEQ_LENS[:: 2 if variant.is_detail else 1]:
                 measure(batch_size, seq_len, checkpointing, "full")
-        for seq_len in (2048,):
-            measure(1, seq_len, checkpointing, "chunked")
-    for loss, known in peaks.items():
+        if not variant.is_detail:
+            measure(1, 2048, checkpointing, "chunked")
+    for loss, known in peaks.items() if not variant.is_detail else ():
         limit_bytes = parse_bytes(LIMIT)
         num = most_tokens(
             lambda n, loss=loss: (

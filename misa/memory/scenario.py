@@ -127,6 +127,7 @@ class Laboratory:
         self._rounding = rounding_bytes
         self._mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self._loss: ChunkedLoss | None = None
+        self._samples: dict[int, list[tuple[int, ...]]] = {}
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             # What matters of them (blocks that never fit) is said by the draws.
             warnings.simplefilter("ignore")
@@ -218,9 +219,12 @@ class Laboratory:
         """
         if not self.blocks:
             return []
+        if num in self._samples:
+            return self._samples[num]
         sampler = copy.deepcopy(self.optimizer._sampler)
         log_p = torch.tensor(list(self.optimizer.probabilities.values()), dtype=torch.float64).log()
-        return [sampler.draw(log_p) for _ in range(num)]
+        self._samples[num] = [sampler.draw(log_p) for _ in range(num)]
+        return self._samples[num]
 
     def measure(self, **changes: Any) -> StepMemory:
         """Measure a training step in the steady state.

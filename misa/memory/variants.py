@@ -18,7 +18,7 @@ class Variant:
         label: What it is called in tables and figures.
         options: The method's own options.
         lean: Adapters in the precision of the weights.
-        is_detail: Measured with one sequence a step alone, since another form of the same method stands for it.
+        is_detail: Measured at fewer lengths and with one sequence a step, since another form stands for it.
     """
 
     method: str
@@ -40,7 +40,7 @@ def _adapters(method: str, name: str) -> dict[str, Variant]:
     """PEFT's habit, fp32 adapters with dropout, and the lean form, adapters of the weights' precision without."""
     found = {}
     for rank in (8, 16, 32):
-        is_detail = rank != 16 or method != "lora"
+        is_detail = rank != 16
         habit = {"lora_r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05}
         found[f"{method}-r{rank}"] = Variant(method, f"{name} r{rank}, fp32 adapters", habit, is_detail=is_detail)
         lean = {**habit, "lora_dropout": 0.0}
@@ -53,7 +53,8 @@ _ALL = {
     "adamw_bf16": Variant("adamw_bf16", "AdamW, pure bf16"),
     **_adapters("lora", "LoRA"),
     **_adapters("dora", "DoRA"),
-    "galore": Variant("galore", "GaLore"),
+    "galore": Variant("galore", "GaLore r128", {"galore_r": 128}),
+    "galore_layerwise": Variant("galore_layerwise", "GaLore r128, in the backward", {"galore_r": 128}),
     "badam": Variant("badam", "BAdam"),
     "lisa": Variant("lisa", "LISA"),
     **{f"misa-{num}": Variant("misa", f"MISA {num}%", {"budget": num / 100}) for num in (1, 3, 5, 25)},
