@@ -22,6 +22,7 @@ BATCH_SIZES = (1, 2)
 LIMIT = "24GiB"
 SWEEP = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25)
 SWEEP_SEQ_LENS = (512, 2048)
+LEVERS_BUDGET = 0.03
 _SETTING = ("variant", "method", "label", "model", "batch_size", "seq_len", "checkpointing", "loss")
 #: Columns of each table.
 TABLES = {
@@ -144,7 +145,7 @@ def measure_levers(model: str) -> Rows:
     from misa.memory.scenario import ALL_LAYERS, Laboratory, Scenario
 
     rows: Rows = {table: [] for table in TABLES}
-    plain = Scenario(model=model, method="misa", options={"budget": 0.03}, seq_len=2048)
+    plain = Scenario(model=model, method="misa", options={"budget": LEVERS_BUDGET}, seq_len=2048)
     chunked = {"checkpointing": ALL_LAYERS, "loss": "chunked"}
     ladder: list[tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = [
         (
@@ -176,7 +177,7 @@ def measure_levers(model: str) -> Rows:
         for words, setting in settings:
             for size in sizes:
                 peak = measure_worst(laboratory, **size, **setting).peak
-                row = {"lever": states + words, "model": model, "budget": 0.03, **size, "draw": "worst"}
+                row = {"lever": states + words, "model": model, "budget": LEVERS_BUDGET, **size, "draw": "worst"}
                 row |= {"weights_bytes": peak.by_category["weights"], "bytes": peak.total_bytes}
                 rows["memory_levers"].append(row)
     return rows
