@@ -228,7 +228,10 @@ def largest_budget(base: Scenario, limit_bytes: int) -> float:
     """
     best = 0.0
     for budget in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5):
-        laboratory = Laboratory(replace(base, method="misa", options={"budget": budget}))
+        try:
+            laboratory = Laboratory(replace(base, method="misa", options={"budget": budget}))
+        except ValueError:
+            continue  # no block of a small model fits into so small a budget
         draws = Draws(laboratory, 50)
         if 1.03 * draws.estimate(draws.worst()).peak_bytes > limit_bytes:
             break

@@ -146,7 +146,13 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = ()) -> P
     for candidate, words in _candidates(scenario, fixed):
         if words:
             reasons.append(words)
-        laboratory = Laboratory(candidate)
+        try:
+            laboratory = Laboratory(candidate)
+        except ValueError:
+            if candidate.options == scenario.options or least is None:
+                raise
+            reasons.append("no block fits into that")
+            continue
         estimate = _worst_bytes(laboratory)
         if least is None or estimate < least[0]:
             least = (estimate, candidate)
