@@ -20,13 +20,13 @@ BUDGETS = (0.03, 0.02, 0.01, 0.005)
 
 
 def measure_worst(laboratory: Laboratory, **changes: Any) -> StepMemory:
-    """Measure a step; of a block method, with the worst draw that the closed form finds for the setting.
+    """Measure a step; of a block method, with the worst draw that the closed form finds for the setting, if it can.
 
     Args:
         laboratory: What trains.
         **changes: Fields of the scenario to change.
     """
-    if laboratory.blocks:
+    if laboratory.blocks and has_closed_form(laboratory.scenario.method):
         laboratory.switch_to(Draws(laboratory, **changes).worst())
     return laboratory.measure(**changes)
 

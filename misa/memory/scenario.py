@@ -28,7 +28,6 @@ STATE_FORMATS = ("master", "fp32", "bf16", "8bit")
 ALL_LAYERS = -1
 #: CUDA's caching allocator hands out multiples of this many bytes.
 CUDA_ROUNDING = 512
-# Long enough that a measured step is never the last of a round, which would draw anew.
 _ONE_ROUND = 10**6
 
 
@@ -149,8 +148,9 @@ class Laboratory:
         else:
             self.base = build_fake_model(self.config, s.dtype, self._mode)
         options = dict(s.options)
-        if "interval" in METHODS[s.method].defaults:
-            options["interval"] = _ONE_ROUND
+        # A round that outlasts the measurement, and no first pass, whose rounds are of one step.
+        endless = {"interval": _ONE_ROUND, "first_pass": False}
+        options |= {name: value for name, value in endless.items() if name in METHODS[s.method].defaults}
         with self._wrapping():
             built = build(s.method, self.base, lr=1e-5, options=options)
             if s.lean_adapters:
