@@ -29,6 +29,22 @@ from misa.models import torch_dtype
 ATTENTION = "misa_fused_causal"
 
 
+class FakeMode(FakeTensorMode):
+    """Fake tensors that answer yes where a program asks for one truth value, as an optimizer asks for finite gradients.
+
+    Real tensors are admitted beside them: scores and draws of a block method have values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation on shapes and types alone."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return True
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def build_fake_model(config: Any, dtype: str, mode: FakeTensorMode) -> Any:
     """Make a causal language model of fake tensors.
 

@@ -165,7 +165,7 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = ()) -> P
             chosen = replace(candidate, checkpointing=_fewest_layers(laboratory, limit_bytes))
             if chosen.checkpointing != ALL_LAYERS:
                 reasons.append(f"the lowest {chosen.checkpointing} layers are enough")
-        for setting in dict.fromkeys((chosen, candidate)):
+        for setting in (chosen,) if chosen == candidate else (chosen, candidate):
             peak = measure_worst(laboratory, checkpointing=setting.checkpointing)
             if peak.peak.total_bytes <= limit_bytes:
                 return Plan(setting, peak, (*reasons, f"fits: {in_gib(peak.peak.total_bytes)} with the worst draw"))

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from misa.integration.chunked_loss import LOSSES, ChunkedLoss
 from misa.memory.command import make_optimizer
-from misa.memory.fake import as_on_accelerator, build_fake_model, wrapping
+from misa.memory.fake import FakeMode, as_on_accelerator, build_fake_model, wrapping
 from misa.memory.models import configuration, longest_sequence
 from misa.memory.step import StepMemory, checkpoint_layers, measure_step, random_batch
 from misa.methods import METHODS, build
@@ -124,7 +123,7 @@ class Laboratory:
             self.config.num_hidden_layers = scenario.num_layers
         scenario.check_length(self.config)
         self._rounding = rounding_bytes
-        self._mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = None if real else FakeMode()
         self._loss: ChunkedLoss | None = None
         self._samples: dict[int, list[tuple[int, ...]]] = {}
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
