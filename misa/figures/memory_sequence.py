@@ -38,7 +38,7 @@ def plot(table: pd.DataFrame) -> Figure:
     variants = main_variants(peaks)
     names = {False: "no checkpointing", True: "checkpointing"}
     with s.style():
-        figure = s.new_figure(2.9)
+        figure = s.new_figure(2.3 + 0.15 * ((len(variants) + 1) // 2))
         axes = figure.subplots(1, 2, sharey=True)
         handles: dict[str, Any] = {}
         for ax, (checkpointing, title) in zip(axes, names.items(), strict=True):
