@@ -89,7 +89,7 @@ def measure_variant(name: str, model: str) -> Rows:
 
     for checkpointing in (False, True):
         for batch_size in BATCH_SIZES[: 1 if variant.is_detail else None]:
-            for seq_len in SEQ_LENS[:: 4 if variant.is_detail else 1]:
+            for seq_len in SEQ_LENS[:: 3 if variant.is_detail else 1]:
                 measure(batch_size, seq_len, checkpointing, "full")
         if not variant.is_detail:
             measure(1, 2048, checkpointing, "chunked")

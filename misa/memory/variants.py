@@ -40,7 +40,7 @@ def _adapters(method: str, name: str) -> dict[str, Variant]:
     """PEFT's habit, fp32 adapters with dropout, and the lean form, adapters of the weights' precision without."""
     found = {}
     for rank in (8, 16, 32):
-        is_detail = rank != 16
+        is_detail = rank != 16 or method == "dora"
         habit = {"lora_r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.05}
         found[f"{method}-r{rank}"] = Variant(method, f"{name} r{rank}, fp32 adapters", habit, is_detail=is_detail)
         lean = {**habit, "lora_dropout": 0.0}
