@@ -82,7 +82,8 @@ def most_tokens(peak: Callable[[int], int], limit_bytes: int, known: dict[int, i
             guess = low + TOKEN_STEP
         guess = min(guess, high - TOKEN_STEP) if high - low > TOKEN_STEP else low
         if ask(guess) <= limit_bytes:
-            if guess == low + TOKEN_STEP and ask(guess) + slope * TOKEN_STEP > limit_bytes:
+            # The next step adds at least as much as this one did.
+            if guess == low + TOKEN_STEP and 2 * ask(guess) - ask(low) > limit_bytes:
                 return guess
             low = guess
         else:
