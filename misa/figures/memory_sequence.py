@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from misa.figures import style as s
@@ -65,10 +66,13 @@ def main_variants(rows: pd.DataFrame) -> dict[str, tuple[str, str, Any]]:
     """Variants of a table in the order of the methods, at most four of each, with method, label and dash."""
     known = rows[["variant", "method", "label"]].drop_duplicates()
     chosen: dict[str, tuple[str, str, Any]] = {}
+    num_drawn: Counter[str] = Counter()
     for method in s.in_order(s.METHODS, known["method"]):
         own = known[known["method"] == method]
         if method in ("lora", "dora"):
             own = own[own["variant"].str.contains("-r16")]
-        for dash, (_, row) in zip(_DASHES, own.iterrows(), strict=False):
-            chosen[row["variant"]] = (method, row["label"], dash)
+        color = s.look(s.METHODS, method).color
+        for _, row in own.iloc[: len(_DASHES)].iterrows():
+            chosen[row["variant"]] = (method, row["label"], _DASHES[num_drawn[color] % len(_DASHES)])
+            num_drawn[color] += 1
     return chosen
