@@ -24,13 +24,10 @@ def savings(grid: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     peaks = _peaks(grid)
-    rows = []
-    for ours in _OURS:
-        for other in _OTHERS:
-            if {ours, other} <= set(peaks.index):
-                change = 100 * (peaks.loc[ours] / peaks.loc[other] - 1)
-                rows.append({"MISA": ours, "against": other, **change.round(1)})
-    return pd.DataFrame(rows).set_index(["MISA", "against"])
+    pairs = [(ours, other) for ours in _OURS for other in _OTHERS if {ours, other} <= set(peaks.index)]
+    changes = [(100 * (peaks.loc[ours] / peaks.loc[other] - 1)).round(1) for ours, other in pairs]
+    index = pd.MultiIndex.from_tuples(pairs, names=["MISA", "against"])
+    return pd.DataFrame(changes).set_axis(index)
 
 
 def largest_saving(grid: pd.DataFrame) -> pd.DataFrame:
