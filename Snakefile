@@ -4,6 +4,8 @@
 #   snakemake --cores all --config results=cached          figures from paper_figures/data; trains nothing
 #   snakemake --cores all --config scale=workstation       another scale: laptop, workstation, paper
 #   snakemake --cores all freeze                           copy the fresh tables into paper_figures/data
+#   snakemake --cores all memory_grid                      memory of a full-size model, on fake tensors
+#   snakemake --cores all freeze_memory_grid               copy its tables into paper_figures/data
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -21,6 +23,7 @@ include: "workflows/rules/figures.smk"
 
 if not CACHED:
 
+    include: "workflows/rules/memory_grid.smk"
     include: "workflows/rules/freeze.smk"
 
 
@@ -29,7 +32,7 @@ rule all:
     input:
         expand(
             f"{FIGURES}/{{figure}}.{{ending}}",
-            figure=FIGURE_TABLES,
+            figure=DRAWN,
             ending=["pdf", "png"],
         ),
         rules.score_tables.output,

@@ -64,6 +64,10 @@ class PretrainOptions:
     max_eval_tokens: int = field(
         default=65_536, metadata={"help": "tokens of the validation text to evaluate on, from its start"}
     )
+    loss: Literal["full", "chunked"] = field(
+        default="full",
+        metadata={"help": "full, or chunked: never holds the logits of all tokens while training; the same loss"},
+    )
     dtype: str = field(
         default="float32",
         metadata={

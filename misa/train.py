@@ -55,6 +55,10 @@ class FinetuneOptions:
         default=0,
         metadata={"help": "records for the evaluation loss: out of validation.jsonl if there is one, else held out"},
     )
+    loss: Literal["full", "chunked"] = field(
+        default="full",
+        metadata={"help": "full, or chunked: never holds the logits of all tokens while training; the same loss"},
+    )
     dtype: str = field(
         default="auto",
         metadata={

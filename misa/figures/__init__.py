@@ -19,6 +19,10 @@ FIGURES = {
     "gradient_variance": "variance.csv",
     "gradient_norms": "gradient_norms.csv",
     "memory": "memory.csv",
+    "memory_sequence": "memory_grid.csv",
+    "memory_stacked": "memory_grid.csv",
+    "memory_delta": "memory_sweep.csv",
+    "memory_fit": "memory_fit.csv",
     "scores": "scores.csv",
 }
 

@@ -1,13 +1,15 @@
-"""The command `python -m misa.memory`: one real training step per method, every live byte counted.
+"""The command `python -m misa.memory`: one training step per method, every live byte counted.
 
-Each method gets a freshly loaded model and its real optimizer; one step brings the optimizer into its steady state, the
-second is measured. Which tokens the batch holds does not matter for memory, so they are random.
+With `--model` the model is simulated: fake tensors of full size, from a configuration alone. With
+`--model_name_or_path` it is real, and takes its memory. Each method gets its real optimizer; one step brings that into
+its steady state, the second is measured. Which tokens the batch holds does not matter for memory, so they are random.
 """
 
 from __future__ import annotations
 
 import gc
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +27,60 @@ _OPTIONS = ("budget", "interval", "eta", "granularity", "always_on", "variant", 
 class MemoryArguments:
     """What is measured, and where the result goes."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder of a causal language model, or the name of a size."})
-    output_dir: str = field(metadata={"help": "Folder for result.json and memory.csv."})
-    methods: str = field(default="adamw,lora,badam,lisa,misa", metadata={"help": "Method names, comma separated."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences in a step."})
-    seq_len: int = field(default=128, metadata={"help": "Tokens in a sequence."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Simulate: a model's name (a wrong one lists them), its folder, or a JSON configuration."},
+    )
+    method: str = field(default="misa", metadata={"help": "With --model: the method that trains."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Measure for real: folder of a causal language model, or the name of a size."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the results; with --model only --compare writes any."}
+    )
+    methods: str = field(
+        default="adamw,lora,badam,lisa,misa",
+        metadata={"help": "With --model_name_or_path: the methods measured, comma separated."},
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Sequences in a step (default: 1 simulated, 4 measured)."}
+    )
+    seq_len: int | None = field(
+        default=None, metadata={"help": "Tokens in a sequence (default: 512 simulated, 128 measured)."}
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "Type of the weights: bfloat16 or float32."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute each layer in the backward pass."})
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata={
+            "help": "Recompute layers in the backward pass, from the lowest that trains upwards.",
+            "aliases": ["--checkpointing"],
+        },
+    )
+    checkpoint_layers: int | None = field(
+        default=None, metadata={"help": "With --model: recompute only so many of these layers, the lowest."}
+    )
+    loss: str = field(default="full", metadata={"help": "full, or chunked, which never holds all logits."})
+    state_format: str | None = field(
+        default=None, metadata={"help": "With --model, for block methods: master, fp32, bf16 or 8bit."}
+    )
+    step_in_backward: bool = field(
+        default=False, metadata={"help": "With --model, for block methods: apply each gradient as soon as it is ready."}
+    )
+    lean_adapters: bool = field(
+        default=False, metadata={"help": "With --model, for LoRA and DoRA: adapters in the type of the weights."}
+    )
+    compare: bool = field(default=False, metadata={"help": "With --model: all methods side by side."})
+    variants: str | None = field(
+        default=None, metadata={"help": "With --compare or --fit: only these forms of methods, comma separated."}
+    )
+    fit: str | None = field(
+        default=None, metadata={"help": "With --model: the most tokens that fit, for each method; an amount as 24GiB."}
+    )
+    memory_budget: str | None = field(
+        default=None,
+        metadata={"help": "With --model: choose loss, checkpointing, states and budget so that a step fits; as 24GiB."},
+    )
+    json: bool = field(default=False, metadata={"help": "With --model: print JSON."})
     seed: int = field(default=0, metadata={"help": "Seed of the tokens and of the blocks drawn."})
     run: str = field(default="memory", metadata={"help": "Name of the run in the result file."})
     budget: float | None = field(default=None, metadata={"help": "Share of parameters drawn (methods with a budget)."})
@@ -46,6 +95,14 @@ class MemoryArguments:
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
+        if (self.model is None) == (self.model_name_or_path is None):
+            raise ValueError("give either --model, to simulate, or --model_name_or_path, to measure a real model")
+        if self.model is None and self.output_dir is None:
+            raise ValueError("output_dir is missing: measuring a real model writes result.json and memory.csv")
+        if self.batch_size is None:
+            self.batch_size = 1 if self.model else 4
+        if self.seq_len is None:
+            self.seq_len = 512 if self.model else 128
         for name in ("batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -64,6 +121,29 @@ class MemoryArguments:
             if not any(option in METHODS[name].defaults for name in names):
                 raise ValueError(f"{option} is given, but none of the methods {', '.join(names)} has it")
         return names
+
+    def scenario(self) -> Any:
+        """What `--model` asks to simulate."""
+        from misa.memory.scenario import ALL_LAYERS, Scenario
+
+        layers = self.checkpoint_layers
+        if layers is None:
+            layers = ALL_LAYERS if self.gradient_checkpointing else 0
+        elif layers < 0:
+            raise ValueError(f"checkpoint_layers is {layers}; it must be 0 or more")
+        same = ("method", "batch_size", "seq_len", "loss", "dtype", "state_format", "step_in_backward", "lean_adapters")
+        fields = {name: getattr(self, name) for name in same}
+        return Scenario(model=str(self.model), options=self.given_options(), checkpointing=layers, **fields)
+
+    def chosen(self) -> tuple[str, ...]:
+        """What was given of the fields that `--memory_budget` would choose."""
+        given = {
+            "budget": self.budget is not None,
+            "loss": self.loss != "full",
+            "checkpointing": self.gradient_checkpointing or self.checkpoint_layers is not None,
+            "state_format": self.state_format is not None,
+        }
+        return tuple(name for name, is_given in given.items() if is_given)
 
     def given_options(self) -> dict[str, Any]:
         """Method options that were given, in the form `misa.methods.build` takes."""
@@ -94,11 +174,58 @@ def main(arguments: list[str] | None = None) -> int:
     parser = HfArgumentParser(MemoryArguments, prog="python -m misa.memory", description=__doc__.partition("\n\n")[2])
     try:
         (settings,) = parser.parse_args_into_dataclasses(arguments)
+        if settings.model is not None:
+            simulate(settings)
+            return 0
         measure_all(settings, [parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def simulate(settings: MemoryArguments) -> None:
+    """Answer a question about a model of fake tensors, on standard output.
+
+    Args:
+        settings: What is asked.
+
+    Raises:
+        ValueError: For an unknown model, method or option, what cannot go together, or what fits nowhere.
+    """
+    import json
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    from misa.memory import answers
+    from misa.memory.models import configuration
+    from misa.memory.sizes import parse_bytes
+
+    configuration(str(settings.model))
+    scenario = settings.scenario()
+    asked = [name for name in ("compare", "fit", "memory_budget") if getattr(settings, name)]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[0]} and {asked[1]}: ask one question at a time")
+    found: Any
+    with redirect_stdout(StringIO()) if settings.json else nullcontext():
+        if settings.compare:
+            folder = Path(settings.output_dir or ".")
+            found = answers.compare(scenario, answers.all_variants(settings.variants), folder)
+        elif settings.fit:
+            limit = parse_bytes(settings.fit, "fit")
+            found = answers.fit(scenario, answers.all_variants(settings.variants), limit)
+        elif settings.memory_budget:
+            from misa.memory.fit import plan
+
+            chosen = plan(scenario, parse_bytes(settings.memory_budget, "memory_budget"), settings.chosen())
+            answers.print_plan(chosen)
+            found = {"scenario": asdict(chosen.scenario), "peak_bytes": chosen.peak.peak.total_bytes}
+            found["reasons"] = list(chosen.reasons)
+        else:
+            found = answers.explain(scenario)
+            answers.print_explained(found)
+    if settings.json:
+        print(json.dumps(found, indent=2))
 
 
 def measure_all(settings: MemoryArguments, command: list[str]) -> Path:
@@ -171,6 +298,7 @@ def measure_method(name: str, settings: MemoryArguments) -> tuple[StepMemory, di
     """
     import torch
 
+    from misa.integration.chunked_loss import ChunkedLoss
     from misa.memory.step import enable_checkpointing, measure_step, random_batch, training_step
     from misa.methods import METHODS, build
 
@@ -179,6 +307,8 @@ def measure_method(name: str, settings: MemoryArguments) -> tuple[StepMemory, di
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and settings.seq_len > limit:
         raise ValueError(f"seq_len is {settings.seq_len}; {settings.model_name_or_path} allows at most {limit}")
+    if settings.loss == "chunked":
+        ChunkedLoss(model)
     batch = random_batch(model.config.vocab_size, settings.batch_size, settings.seq_len, settings.seed)
     options = {key: value for key, value in settings.given_options().items() if key in METHODS[name].defaults}
     built = build(name, model, lr=1e-5, seed=settings.seed, options=options)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from misa.integration.first_forward import skip_frozen_prefix
 from misa.memory.tracker import ACTIVATIONS, CATEGORIES, MemoryTracker, Moment
 
 MOMENTS = ("peak", "forward_end", "backward_end", "step_end")
@@ -111,7 +113,29 @@ def enable_checkpointing(model: torch.nn.Module) -> None:
         model: A transformers model.
     """
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()
+    skip_frozen_prefix(model)
+
+
+def checkpoint_layers(model: torch.nn.Module, num: int) -> None:
+    """Recompute only some layers: the lowest that trains and those next above it.
+
+    The lowest ones, because they are recomputed last, when what the others saved is gone.
+
+    Args:
+        model: A transformers model.
+        num: Number of layers, 0 for none, negative for all.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if num == 0:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        return
+    enable_checkpointing(model)
+    trains = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    embeds = model.get_input_embeddings()
+    lowest = 0 if any(p.requires_grad for p in embeds.parameters()) or True not in trains else trains.index(True)
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = num < 0 or lowest <= i < lowest + num
 
 
 def random_batch(vocabulary: int, batch_size: int, seq_len: int, seed: int = 0) -> dict[str, torch.Tensor]:

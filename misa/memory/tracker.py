@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -81,13 +81,18 @@ class _Storage:
 class _Snapshot:
     """The storages live at a moment; categories are read when the moment is asked for."""
 
-    def __init__(self, storages: list[_Storage], operation: str, phase: str) -> None:
-        self.storages, self.operation, self.phase = storages, operation, phase
+    def __init__(self, storages: Iterable[_Storage], operation: str, phase: str) -> None:
+        self.operation, self.phase = operation, phase
+        self.keep(storages)
+
+    def keep(self, storages: Iterable[_Storage]) -> None:
+        """Remember these storages with the sizes they have now."""
+        self.storages = [(storage, storage.num_bytes) for storage in storages]
 
     def resolve(self) -> Moment:
         counts: Counter[str] = Counter()
-        for storage in self.storages:
-            counts[storage.category] += storage.num_bytes
+        for storage, num_bytes in self.storages:
+            counts[storage.category] += num_bytes
         by_category = {category: counts[category] for category in CATEGORIES}
         return Moment(sum(by_category.values()), by_category, self.operation, self.phase)
 
@@ -191,6 +196,7 @@ class MemoryTracker(TorchDispatchMode):
             raise ValueError(f"phase is {name!r}; allowed: {', '.join(PHASES)}")
         self._phase = name
         handles = self._follow_gradients() if name == "backward" else []
+        self._follow_sizes()
         if name == "step":
             self._masters = [t for root in self._optimizers for t in reachable_tensors(root) if t.is_leaf]
         try:
@@ -240,6 +246,9 @@ class MemoryTracker(TorchDispatchMode):
             # storage dies, since a `.grad` that is being replaced must not be read then.
             for master in self._masters:
                 self._claim_gradient(master)
+        if self._phase == "step":
+            # A workspace may have got its memory back just now; no operation tells of that.
+            self._follow_sizes_of(tree_leaves((args, kwargs)))
         result = func(*args, **(kwargs or {}))
         self._operation = str(func)
         category = LOGITS if self._in_logits and not self._recomputing else TEMPORARY
@@ -256,13 +265,41 @@ class MemoryTracker(TorchDispatchMode):
         key = untyped._cdata
         known = self._live.get(key)
         if known is not None:
+            self._resize(known, untyped)
             known.become(category)
             return
-        num_bytes = -(-untyped.nbytes() // self._rounding) * self._rounding
+        num_bytes = self._rounded(untyped)
         storage = _Storage(num_bytes, category, self._recomputing)
         storage.reference = weakref.ref(untyped, partial(self._forget, key))
         self._live[key] = storage
         self._total += num_bytes
+
+    def _rounded(self, untyped: torch.UntypedStorage) -> int:
+        return -(-untyped.nbytes() // self._rounding) * self._rounding
+
+    def _resize(self, storage: _Storage, untyped: torch.UntypedStorage) -> None:
+        num_bytes = self._rounded(untyped)
+        if num_bytes != storage.num_bytes:
+            self._keep_peak()
+            self._total += num_bytes - storage.num_bytes
+            storage.num_bytes = num_bytes
+
+    def _follow_sizes(self) -> None:
+        """Storages can be resized without an operation, as those of workspaces are."""
+        for storage in self._live.values():
+            untyped = None if storage.reference is None else storage.reference()
+            if untyped is not None:
+                self._resize(storage, untyped)
+        self._mark_peak()
+
+    def _follow_sizes_of(self, leaves: Iterable[Any]) -> None:
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+                untyped = leaf.untyped_storage()
+                known = self._live.get(untyped._cdata)
+                if known is not None:
+                    self._resize(known, untyped)
+        self._mark_peak()
 
     def _forget(self, key: int, _: Any) -> None:
         self._keep_peak()
@@ -279,7 +316,7 @@ class MemoryTracker(TorchDispatchMode):
         # the first storage after the peak dies.
         if self._peak_is_now:
             self._peak_is_now = False
-            self._peak.storages = list(self._live.values())
+            self._peak.keep(self._live.values())
 
     # --- categories -------------------------------------------------------------------------------------------------
 
@@ -291,7 +328,7 @@ class MemoryTracker(TorchDispatchMode):
         if name == "forward":
             for storage in self._live.values():
                 storage.become(ACTIVATIONS)
-        self._ends[name] = _Snapshot(list(self._live.values()), self._operation, self._phase)
+        self._ends[name] = _Snapshot(self._live.values(), self._operation, self._phase)
 
     def _recompute(self, recomputing: bool) -> None:
         if self._recomputing and not recomputing:

@@ -223,6 +223,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+    from misa.integration.chunked_loss import ChunkedLoss
     from misa.methods import build
     from misa.training.meter import Meter
     from misa.training.progress import Progress
@@ -230,6 +231,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
 
     arguments = job.training
     parts = job.make()
+    if job.settings.get("loss") == "chunked":
+        ChunkedLoss(parts.model)
     # What a method draws for itself, such as the start of its adapters.
     set_seed(arguments.seed)
     built = build(

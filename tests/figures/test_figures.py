@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from misa.figures import FIGURES, plot, read_table
+from misa.figures import FIGURES, memory_sequence, plot, read_table
 from misa.figures import style as s
 from misa.figures.__main__ import main
 from misa.memory.tracker import CATEGORIES
@@ -76,6 +76,57 @@ def memory():
     )
 
 
+def memory_grid():
+    forms = [("adamw", "adamw"), ("lora-r16", "lora"), ("badam", "badam"), ("misa-1", "misa"), ("misa-3", "misa")]
+    return pd.DataFrame(
+        [
+            (
+                variant,
+                method,
+                variant,
+                "m",
+                1,
+                length,
+                checkpointing,
+                "full",
+                draw,
+                category,
+                2**30 * (i + length / 999),
+            )
+            for i, (variant, method) in enumerate(forms)
+            for length in (512, 1024, 4096)
+            for checkpointing in (False, True)
+            for draw, categories in (("worst", CATEGORIES), ("mean", ["total"]))
+            for category in categories
+        ],
+        columns=[*memory_sequence.COLUMNS[:9], "category", "bytes"],
+    )
+
+
+def memory_sweep():
+    return pd.DataFrame(
+        [
+            (method, "m", budget, length, draw, 2**34, 2**34 + 2**30 * budget * length)
+            for method, budgets in (("badam", [0.027]), ("misa", [0.01, 0.03, 0.25]))
+            for budget in budgets
+            for length in (512, 2048)
+            for draw in ("worst", "mean")
+        ],
+        columns=["method", "model", "budget", "seq_len", "draw", "weights_bytes", "bytes"],
+    )
+
+
+def memory_fit():
+    return pd.DataFrame(
+        [
+            (method, method, method, "m", 24 * 2**30, loss, 0 if method == "adamw" else 128 * (i + j + 1))
+            for i, method in enumerate(METHODS)
+            for j, loss in enumerate(["full", "chunked"])
+        ],
+        columns=["variant", "method", "label", "model", "limit_bytes", "loss", "num_tokens"],
+    )
+
+
 def scores():
     return pd.DataFrame(
         [
@@ -92,6 +143,10 @@ TABLES = {
     "gradient_variance": gradient_variance,
     "gradient_norms": gradient_norms,
     "memory": memory,
+    "memory_sequence": memory_grid,
+    "memory_stacked": memory_grid,
+    "memory_delta": memory_sweep,
+    "memory_fit": memory_fit,
     "scores": scores,
 }
 

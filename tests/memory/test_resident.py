@@ -11,18 +11,27 @@ import pytest
 SCRIPT = """
 import gc, json
 from pathlib import Path
+from misa.integration.chunked_loss import ChunkedLoss
 from misa.memory.command import make_optimizer
-from misa.memory.step import measure_step, random_batch, training_step
-from misa.methods import build
+from misa.memory.step import enable_checkpointing, measure_step, random_batch, training_step
+from misa.methods import METHODS, build
 from misa.models import build_model, model_config
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
+# GaLore is left out: its singular value decomposition has a workspace inside the kernel, which no tracker sees.
+forms = [(name, False) for name in METHODS if not name.startswith("galore")] + [("adamw", True)]
 found = {}
-for name, options in {"adamw": {}, "misa": {"budget": 0.1}}.items():
-    built = build(name, build_model(model_config("7m", vocab_size=16000), 0, "bfloat16"), lr=1e-5, options=options)
+for name, is_lean in forms:
+    model = build_model(model_config("7m", vocab_size=16000), 0, "bfloat16")
+    if is_lean:
+        ChunkedLoss(model)
+    built = build(name, model, lr=1e-5, options={"budget": 0.1} if "budget" in METHODS[name].defaults else {})
+    if is_lean:
+        enable_checkpointing(built.model)
+    built.model.train()
     optimizer, batch = make_optimizer(built), random_batch(16000, 8, 128)
     for _ in range(2):
         training_step(built.model, optimizer, batch)
@@ -33,8 +42,11 @@ for name, options in {"adamw": {}, "misa": {"budget": 0.1}}.items():
     grown = status("VmHWM") - before
     memory = measure_step(built.model, optimizer, batch)
     end = memory.moments["step_end"].by_category
-    found[name] = [grown, memory.peak.total_bytes - end["weights"] - end["optimizer"]]
-    del built, optimizer
+    found[f"{name}{', chunked loss and checkpointing' if is_lean else ''}"] = [
+        grown, memory.peak.total_bytes - end["weights"] - end["optimizer"]
+    ]
+    del model, built, optimizer
+    gc.collect()
 print(json.dumps(found))
 """
 
@@ -48,4 +60,4 @@ def test_tracked_growth_in_a_step_equals_resident_set_growth(repository: Path):
         [sys.executable, "-c", SCRIPT], env=environment, cwd=repository, capture_output=True, text=True, check=True
     )
     for name, (resident, tracked) in json.loads(done.stdout.splitlines()[-1]).items():
-        assert tracked == pytest.approx(resident, rel=0.02), name
+        assert tracked == pytest.approx(resident, rel=0.01), name

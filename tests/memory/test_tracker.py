@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -230,3 +231,24 @@ def test_reachable_tensors_enters_objects_but_not_models():
     holder.inside = {"a": [torch.zeros(1)], "b": (torch.zeros(2), nn.Linear(2, 2))}
     assert sorted(t.numel() for t in reachable_tensors(holder)) == [1, 2]
     assert set(MemoryTracker().peak.by_category) == set(CATEGORIES)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_workspace_counts_while_its_storage_has_memory(fake):
+    tracker = MemoryTracker()
+    with FakeTensorMode() if fake else nullcontext():
+        source, room = torch.zeros(100), torch.zeros(1000)
+        view = room[:100]
+        tracker.watch("optimizer", [source, room])
+        room.untyped_storage().resize_(0)
+        with tracker:
+            with tracker.phase("forward"):
+                kept = source + 1
+            with tracker.phase("step"):
+                room.untyped_storage().resize_(1000 * FLOAT)
+                view.copy_(kept)
+                room.untyped_storage().resize_(0)
+    assert tracker.phase_ends["forward"].total_bytes == 200 * FLOAT
+    # What was there at the first look is the peak: the room, before it was known to be empty.
+    assert tracker.peak.total_bytes == 1200 * FLOAT
+    assert tracker.peak.phase == "step"

@@ -16,11 +16,13 @@ import pytest
 import yaml
 
 from misa.figures import FIGURES
+from misa.memory.grid import TABLES as GRID_TABLES
 from misa.results.collect import TABLES
 
 SCALES = ("laptop", "workstation", "paper")
 COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "collect"}
 DRAWING = {"figure": len(FIGURES), "score_tables": 1, "all": 1}
+OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
 
 
 def planned(output: str) -> dict[str, int]:
@@ -41,13 +43,39 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
     done = snakemake("-n", "--quiet", "rules", "--config", f"scale={scale}", folder=tmp_path)
     assert done.returncode == 0, done.stdout
     kinds = Counter(row["kind"] for row in sheet(repository, scale))
+    grid = yaml.safe_load((repository / "workflows" / "config" / f"{scale}.yaml").read_text())["memory_grid"]
+    drawn = len(FIGURES) - (0 if grid["in_all"] else len(OF_GRID))
+    planned_grid = {"memory_grid_part": len(grid["parts"]), "memory_grid_tables": 1} if grid["in_all"] else {}
     assert planned(done.stdout) == {
         **dict.fromkeys(COMPUTING, 1),
+        **planned_grid,
         **kinds,
         "evaluate_pretrained": kinds["pretrain"],
         "evaluate_finetuned": kinds["finetune"] + 1,
         **DRAWING,
+        "figure": drawn,
     }
+
+
+def test_memory_grid_needs_no_run(snakemake, repository: Path, tmp_path: Path) -> None:
+    done = snakemake("memory_grid", "-n", "--quiet", "rules", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    parts = yaml.safe_load((repository / "workflows" / "config" / "laptop.yaml").read_text())["memory_grid"]["parts"]
+    assert planned(done.stdout) == {
+        "memory_grid_part": len(parts),
+        "memory_grid_tables": 1,
+        "figure": len(OF_GRID),
+        "memory_grid": 1,
+    }
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_memory_grid_measures_every_form_of_every_method(repository: Path, scale: str) -> None:
+    from misa.memory.grid import EXTRA_PARTS
+    from misa.memory.variants import VARIANTS
+
+    grid = yaml.safe_load((repository / "workflows" / "config" / f"{scale}.yaml").read_text())["memory_grid"]
+    assert set(grid["parts"]) == {*VARIANTS, *EXTRA_PARTS}
 
 
 def test_default_is_fresh_at_laptop_scale(snakemake, tmp_path: Path) -> None:
@@ -62,7 +90,7 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 
 
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
-    for name in TABLES:
+    for name in (*TABLES, *GRID_TABLES):
         table = tmp_path / "paper_figures" / "data" / f"{name}.csv"
         table.parent.mkdir(parents=True, exist_ok=True)
         table.touch()

@@ -45,8 +45,20 @@ FIGURE_TABLES = {
     "gradient_variance": "variance",
     "gradient_norms": "gradient_norms",
     "memory": "memory",
+    "memory_sequence": "memory_grid",
+    "memory_stacked": "memory_grid",
+    "memory_delta": "memory_sweep",
+    "memory_fit": "memory_fit",
     "scores": "scores",
 }
+# Tables and figures of the full-size model, which a scale may leave out.
+GRID_TABLES = ["memory_grid", "memory_sweep", "memory_fit", "memory_levers"]
+GRID_FIGURES = [name for name, table in FIGURE_TABLES.items() if table in GRID_TABLES]
+DRAWN = [
+    name
+    for name in FIGURE_TABLES
+    if CACHED or config["memory_grid"]["in_all"] or name not in GRID_FIGURES
+]
 ALL_TABLES = ["convergence", "scores", "memory", "variance", "gradient_norms", "runs"]
 
 # Heavy jobs take all cores and run one after another: more threads than --cores allows are scaled down to it.
@@ -71,6 +83,13 @@ for run in config["variance"]["runs"]:
         raise WorkflowError(
             f"variance.runs names {run!r}, which is not in {sheet_file}"
         )
+
+
+def table_of(figure):
+    """Path of the table that a figure is drawn from."""
+    table = FIGURE_TABLES[figure]
+    folder = f"{OUT}/memory_grid" if table in GRID_TABLES and not CACHED else TABLES
+    return f"{folder}/{table}.csv"
 
 
 def runs_of(*kinds):

@@ -3,7 +3,7 @@
 
 rule figure:
     input:
-        table=lambda wildcards: f"{TABLES}/{FIGURE_TABLES[wildcards.figure]}.csv",
+        table=lambda wildcards: table_of(wildcards.figure),
     output:
         pdf=f"{FIGURES}/{{figure}}.pdf",
         png=report(

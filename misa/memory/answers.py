@@ -1,0 +1,267 @@
+"""What the command says of a model that need not be there: peak, breakdown, what would lower it, what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from misa.memory.draws import NUM_DRAWS, Draws, has_closed_form
+from misa.memory.fit import TOKEN_STEP, Plan, largest_batch, measure_worst
+from misa.memory.scenario import ALL_LAYERS, Laboratory, Scenario, is_blockwise
+from misa.memory.sizes import GIB, in_gib
+from misa.memory.step import StepMemory
+from misa.memory.variants import VARIANTS, Variant
+
+NOT_COUNTED = (
+    "Bytes of tensors, each rounded up to 512. A GPU adds its context (some 0.3 to 0.6 GiB), workspaces of matrix "
+    "products and an allocator that fragments (a few per cent)."
+)
+
+
+def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
+    """Measure one scenario: with the blocks drawn, and for block methods with the worst draw and the mean over draws.
+
+    Args:
+        scenario: What to measure.
+        num_draws: Draws of the mean, by the closed form.
+
+    Returns:
+        A dictionary that JSON can hold.
+    """
+    laboratory = Laboratory(scenario)
+    memory = laboratory.measure()
+    found: dict[str, Any] = {"scenario": asdict(scenario), "num_params": laboratory.num_params, **_step(memory)}
+    found["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in laboratory.settings.items()}
+    found["settings"].pop("interval", None)
+    if has_closed_form(scenario.method):
+        draws = Draws(laboratory, num_draws)
+        estimate = draws.estimate(laboratory.active)
+        found["closed_form"] = {"peak_bytes": estimate.peak_bytes, "moment": estimate.moment}
+    if laboratory.blocks:
+        names = [laboratory.blocks[i].name for i in laboratory.active]
+        found["draw"] = {"used": names, "used_bytes": memory.peak.total_bytes}
+        if has_closed_form(scenario.method):
+            worst = draws.worst()
+            peak = measure_worst(laboratory)
+            lowest = draws.lowest_layers()
+            found["draw"] |= {
+                "worst": [laboratory.blocks[i].name for i in worst],
+                "worst_bytes": peak.peak.total_bytes,
+                "mean_bytes": round(draws.mean_bytes()),
+                "num_draws": num_draws,
+                "mean_lowest_layer": sum(lowest) / len(lowest),
+            }
+    found["would_lower"] = _levers(scenario, laboratory)
+    return found
+
+
+def _step(memory: StepMemory) -> dict[str, Any]:
+    peak = memory.peak
+    return {
+        "peak_bytes": peak.total_bytes,
+        "by_category": peak.by_category,
+        "phase": peak.phase,
+        "operation": peak.operation,
+        "moments": {name: moment.total_bytes for name, moment in memory.moments.items()},
+    }
+
+
+def _levers(scenario: Scenario, laboratory: Laboratory) -> list[dict[str, Any]]:
+    """Peaks of the same draw under one change each, by the closed form, the largest saving first."""
+    if not has_closed_form(scenario.method):
+        return []
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if scenario.loss == "full":
+        changes.append(("--loss chunked", {"loss": "chunked"}))
+    if scenario.checkpointing != ALL_LAYERS:
+        changes.append(("--checkpointing", {"checkpointing": ALL_LAYERS}))
+    if scenario.loss == "full" and scenario.checkpointing != ALL_LAYERS:
+        both = {"loss": "chunked", "checkpointing": ALL_LAYERS}
+        changes.append(("--loss chunked --checkpointing", both))
+    if is_blockwise(scenario.method) and scenario.dtype == "bfloat16":
+        changes += [
+            (f"--state_format {name}", {"state_format": name})
+            for name in ("bf16", "8bit")
+            if name != scenario.state_format
+        ]
+    if scenario.seq_len > 1:
+        changes.append((f"--seq_len {scenario.seq_len // 2}", {"seq_len": scenario.seq_len // 2}))
+    now = Draws(laboratory, 1).estimate(laboratory.active).peak_bytes
+    found = []
+    for words, fields in changes:
+        saved = now - Draws(laboratory, 1, **fields).estimate(laboratory.active).peak_bytes
+        if saved > 0.001 * now:
+            found.append({"change": words, "saves_bytes": saved})
+    return sorted(found, key=lambda lever: -lever["saves_bytes"])
+
+
+def print_explained(found: dict[str, Any]) -> None:
+    """Print what `explain` returned."""
+    s = found["scenario"]
+    layers = s["checkpointing"]
+    recompute = "" if not layers else f", {'all' if layers == ALL_LAYERS else layers} layers checkpointed"
+    print(f"{s['model']}, {s['method']}, {s['batch_size']} x {s['seq_len']} tokens, {s['loss']} loss{recompute}")
+    print(f"peak {in_gib(found['peak_bytes'])} in the {found['phase']} at {found['operation']}")
+    for category, num in found["by_category"].items():
+        print(f"  {category:12} {num / GIB:8.3f} GiB")
+    for name, num in found["moments"].items():
+        if name != "peak":
+            print(
+                f"{name.replace('_', ' of ').replace('end of', 'end'):14} {num / GIB:8.3f} GiB".replace(
+                    " of end", " end"
+                )
+            )
+    if draw := found.get("draw"):
+        print(f"this draw: {', '.join(draw['used'][:4])}{', ...' if len(draw['used']) > 4 else ''}")
+        if "worst_bytes" in draw:
+            print(
+                f"worst draw found {in_gib(draw['worst_bytes'])}, mean of {draw['num_draws']} draws "
+                f"{in_gib(draw['mean_bytes'])} (formula), lowest layer on average {draw['mean_lowest_layer']:.1f}"
+            )
+    if formula := found.get("closed_form"):
+        print(f"closed form: {in_gib(formula['peak_bytes'])}, at {formula['moment']}")
+    if found["would_lower"]:
+        print("would lower it, each alone, by the closed form:")
+    for lever in found["would_lower"]:
+        print(f"  {lever['change']:34} -{in_gib(lever['saves_bytes'])}")
+    print(NOT_COUNTED)
+
+
+def compare(base: Scenario, variants: Sequence[str], folder: Path | None) -> list[dict[str, Any]]:
+    """Measure forms of all methods in one setting, block methods with the worst draw; draw stacked bars.
+
+    Args:
+        base: Model, batch, sequence, checkpointing, loss.
+        variants: Keys of `VARIANTS`.
+        folder: Where `memory_compare.pdf`, `.png` and `.csv` go, or None.
+
+    Returns:
+        One dictionary for each form.
+    """
+    found = []
+    for name in variants:
+        variant = VARIANTS[name]
+        laboratory = Laboratory(_of(variant, base))
+        step = _step(measure_worst(laboratory))
+        found.append({"variant": name, "label": variant.label, "method": variant.method, **step})
+        print(_row(variant.label, step), flush=True)
+    if folder is not None:
+        _draw(found, base, folder)
+    return found
+
+
+def _of(variant: Variant, base: Scenario) -> Scenario:
+    same = ("model", "batch_size", "seq_len", "checkpointing", "loss", "dtype")
+    return variant.scenario(**{name: getattr(base, name) for name in same})
+
+
+def _row(label: str, step: dict[str, Any]) -> str:
+    parts = "  ".join(f"{category} {num / GIB:.2f}" for category, num in step["by_category"].items() if num)
+    return f"{label:26} {step['peak_bytes'] / GIB:7.2f} GiB   {parts}"
+
+
+def _draw(found: Iterable[dict[str, Any]], base: Scenario, folder: Path) -> None:
+    import pandas as pd
+
+    from misa.figures import plot
+    from misa.figures.style import save
+    from misa.memory.command import COLUMNS, write_table
+
+    rows = [
+        {
+            "method": row["label"],
+            "model": base.model,
+            "batch_size": base.batch_size,
+            "seq_len": base.seq_len,
+            "checkpointing": base.checkpointing != 0,
+            "category": category,
+            "bytes": num,
+            "moment": "peak",
+        }
+        for row in found
+        for category, num in row["by_category"].items()
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(rows, folder / "memory_compare.csv")
+    paths = save(plot("memory", pd.DataFrame(rows, columns=list(COLUMNS))), folder / "memory_compare")
+    print(f"drawn: {', '.join(map(str, paths))}")
+
+
+def fit(base: Scenario, variants: Sequence[str], limit_bytes: int) -> list[dict[str, Any]]:
+    """The most tokens of a step that fit, for each form of a method; for budgets also the largest at the given length.
+
+    Args:
+        base: Model, checkpointing, loss; its sequence is that of the largest budget.
+        variants: Keys of `VARIANTS`.
+        limit_bytes: What there is.
+
+    Returns:
+        One dictionary for each form.
+    """
+    found = []
+    for name in variants:
+        variant = VARIANTS[name]
+        laboratory = Laboratory(_of(variant, base))
+        most = largest_batch(laboratory, limit_bytes, checkpointing=base.checkpointing, loss=base.loss)
+        found.append({"variant": name, "label": variant.label, **most})
+        if most["num_tokens"]:
+            sizes = f"{most['num_tokens']:6} tokens ({most['batch_size']} x {most['seq_len']})"
+            print(f"{variant.label:26} {sizes}, {in_gib(most['peak_bytes'])}", flush=True)
+        else:
+            print(f"{variant.label:26} none: {TOKEN_STEP} tokens take {in_gib(most['peak_bytes'])}", flush=True)
+    if any(VARIANTS[name].options.get("budget") for name in variants):
+        found.append({"variant": "misa", "largest_budget": largest_budget(base, limit_bytes)})
+        budget = found[-1]["largest_budget"]
+        sizes = f"{base.batch_size} x {base.seq_len} tokens"
+        print(f"MISA's largest budget at {sizes}: {f'{budget:.3f}' if budget else 'none'} (formula)")
+    return found
+
+
+def largest_budget(base: Scenario, limit_bytes: int) -> float:
+    """MISA's largest budget whose worst draw fits by the closed form with 3 % to spare, 0 if none does.
+
+    Args:
+        base: Model, batch, sequence, checkpointing, loss.
+        limit_bytes: What there is.
+    """
+    best = 0.0
+    for budget in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5):
+        try:
+            laboratory = Laboratory(replace(base, method="misa", options={"budget": budget}))
+        except ValueError:
+            continue  # no block of a small model fits into so small a budget
+        draws = Draws(laboratory, 50)
+        if 1.03 * draws.estimate(draws.worst()).peak_bytes > limit_bytes:
+            break
+        best = budget
+    return best
+
+
+def print_plan(chosen: Plan) -> None:
+    """Print the setting that a memory budget led to, and why."""
+    s = chosen.scenario
+    print(f"{s.model}, {s.method}, {s.batch_size} x {s.seq_len} tokens:")
+    print(f"  budget         {s.options.get('budget', 'of the method')}")
+    print(f"  loss           {s.loss}")
+    print(f"  checkpointing  {'all layers' if s.checkpointing == ALL_LAYERS else f'{s.checkpointing} layers'}")
+    print(f"  state format   {s.state_format or 'master'}")
+    for reason in chosen.reasons:
+        print(f"- {reason}")
+    print(NOT_COUNTED)
+
+
+def all_variants(names: str | None) -> list[str]:
+    """Check a comma separated list of forms of methods; None means all.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    if names is None:
+        return list(VARIANTS)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in VARIANTS]
+    if unknown or not chosen:
+        raise ValueError(f"variants is {names!r}; allowed, comma separated: {', '.join(VARIANTS)}")
+    return chosen

@@ -1,0 +1,262 @@
+"""Peak memory of a training step by formula, beside the tracker's count.
+
+For decoders of the LLaMA kind (RMS norms, rotary positions, grouped queries, gated feed-forward), trained whole, block
+by block, or through LoRA adapters. T are the tokens of the batch, H the hidden size, F the feed-forward size, Q and K
+the widths of queries and keys, N the query heads, V the vocabulary, w the bytes of a weight (2 for bf16). A layer that
+is differentiated keeps:
+
+==========================  ==========================================================================
+term                        why
+==========================  ==========================================================================
+2 (4TH + 4T)                each norm keeps its input in fp32 and one fp32 factor a token
+w TH for each trained norm  the normalized input, for the gradient of its weight
+w TH                        the norm's output, if a matrix that reads it trains; q, k, v share one, gate and
+                            up another
+w T (2Q + 2K) + 4TN         queries, keys, values and output of the fused attention, and fp32 sums of each head
+3 w TF                      gate, up, and the activated gate
+w TF                        the product of the two, if down trains
+==========================  ==========================================================================
+
+The lowest layer that trains keeps only what lies above its lowest trained matrix, the layers below nothing. A
+checkpointed layer keeps its input, w TH, and all of the above while it is recomputed. On top come the final norm,
+4TH + 4T, and the logits: 10 VT bytes at the end of the forward pass, 12 VT in the backward pass (fp32 log-probabilities
+and their two gradients), or a chunk of them. While a layer's feed-forward is differentiated, three matrices of w TF and
+one of w TH join. An fp32 adapter keeps a copy of its input, 4 T(in), and with dropout a mask of one byte an element;
+adapters of the weights' precision keep what a trained matrix keeps.
+
+Which of these are alive together differs between the loss, each layer's backward pass and the optimizer's step: the
+formula is the largest of these sums.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from misa.integration.chunked_loss import CHUNK_TOKENS
+from misa.memory.scenario import EightBitStates, Scenario
+
+# Bytes a trained parameter holds in the optimizer, by state format (bf16 weights).
+_MASTER, _MOMENTS = 4, 8
+_WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
+# Bytes for each element of the largest trained tensor while it is updated without a master copy.
+_ROUNDING_BYTES = {"fp32": 24, "bf16": 32}
+_LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
+_QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
+_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the formula says.
+
+    Attributes:
+        peak_bytes: The largest of `moments`.
+        moments: Bytes at the loss, in the backward pass of each layer, at its end, and in the step.
+        weights_bytes: Weights, adapters included.
+        gradients_bytes: Gradients of all that trains.
+        optimizer_bytes: Moments and master copies.
+        saved_bytes: Activations kept for the backward pass.
+    """
+
+    moments: dict[str, int]
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest of the moments."""
+        return max(self.moments.values())
+
+    @property
+    def moment(self) -> str:
+        """Name of the largest moment."""
+        return max(self.moments, key=self.moments.__getitem__)
+
+
+class ClosedForm:
+    """The formula for one model and setting; the trained parameters are given to `estimate`.
+
+    Args:
+        config: A transformers configuration of the LLaMA kind.
+        scenario: Batch, sequence, checkpointing, loss, precision, states, adapters.
+
+    Raises:
+        ValueError: For a model or method the formula does not cover.
+    """
+
+    def __init__(self, config: Any, scenario: Scenario) -> None:
+        missing = [n for n in ("num_key_value_heads", "intermediate_size") if getattr(config, n, None) is None]
+        if missing or scenario.method not in COVERED:
+            raise ValueError(
+                f"no closed form for method {scenario.method} on {config.model_type} models; it covers "
+                f"{', '.join(COVERED)} on decoders of the LLaMA kind"
+            )
+        self.scenario = s = scenario
+        self.bytes = 4 if s.dtype == "float32" else 2
+        self.tokens = s.batch_size * s.seq_len
+        self.hidden, self.inner, self.vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+        self.heads, self.layers = config.num_attention_heads, config.num_hidden_layers
+        head = getattr(config, "head_dim", None) or self.hidden // self.heads
+        self.queries, self.keys = self.heads * head, config.num_key_value_heads * head
+        self.tied = config.tie_word_embeddings
+        has_bias = config.model_type == "qwen2"
+        hidden, queries, keys, inner = self.hidden, self.queries, self.keys, self.inner
+        matrices = hidden * (2 * queries + 2 * keys + 3 * inner) + (queries + 2 * keys if has_bias else 0)
+        ends = self.vocabulary * hidden * (1 if self.tied else 2) + hidden
+        self.num_params = self.layers * (matrices + 2 * hidden) + ends
+        self.widths = dict.fromkeys(_MATRICES, (hidden, inner)) | {
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, keys),
+            "v_proj": (hidden, keys),
+            "o_proj": (queries, hidden),
+            "down_proj": (inner, hidden),
+        }
+
+    def estimate(self, trained: Mapping[str, int]) -> Estimate:
+        """Bytes of a step.
+
+        Args:
+            trained: Elements of each trained parameter, by dotted name.
+        """
+        s, w, tokens = self.scenario, self.bytes, self.tokens
+        adapters = any("lora_" in name for name in trained)
+        width = w if s.lean_adapters or not adapters else 4
+        by_layer: dict[int, dict[str, int]] = {}
+        outside = {"embed": 0, "head": 0, "norm": 0}
+        for name, numel in trained.items():
+            found = _LAYER.search(name)
+            if found:
+                modules = found[2].split(".")
+                module = next((m for m in modules if m in self.widths or m.endswith("norm")), modules[0])
+                layer = by_layer.setdefault(int(found[1]), {})
+                layer[module] = layer.get(module, 0) + numel
+            else:
+                kind = "embed" if "embed" in name else "norm" if "norm" in name else "head"
+                outside[kind] += numel
+        num_trained = sum(trained.values())
+        weights = self.num_params * w + (num_trained * width if adapters else 0)
+        gradients = {i: width * sum(layer.values()) for i, layer in by_layer.items()}
+        state = self._state_bytes(num_trained, width, bool(adapters))
+        head_trains = bool(outside["head"] or (self.tied and outside["embed"]))
+        lowest = 0 if outside["embed"] else min(by_layer, default=self.layers)
+
+        saved: list[int] = []  # of each layer, while the forward pass goes on
+        whole: list[int] = []  # of each layer, while it is differentiated
+        first = s.checkpointing if s.checkpointing >= 0 else self.layers
+        for i in range(self.layers):
+            below = i > lowest or bool(outside["embed"])
+            own = self._layer_bytes(by_layer.get(i, {}), below, width if adapters else None) if i >= lowest else 0
+            whole.append(own)
+            saved.append(w * tokens * self.hidden if lowest <= i < lowest + first else own)
+        ends = 4 * tokens * (self.hidden + 1) if lowest < self.layers else 0
+        ends += w * tokens * self.hidden * (bool(outside["norm"]) + (head_trains and s.loss == "full"))
+        base = weights + state
+        head_gradient = w * self.vocabulary * self.hidden if head_trains else 0
+        moments: dict[str, int] = {}
+        if s.loss == "full":
+            logits = self.vocabulary * tokens
+            moments["loss"] = base + sum(saved) + ends + 12 * logits
+            moments["head"] = base + sum(saved) + ends + w * logits + head_gradient + w * tokens * self.hidden
+        else:
+            chunk = min(CHUNK_TOKENS, tokens) * self.vocabulary * (6 if w == 2 else 8)
+            moments["loss"] = base + sum(saved) + ends + chunk + head_gradient + w * tokens * self.hidden
+        live = base + head_gradient + w * outside["norm"]
+        # Three matrices for the gradients of gate, up and their product; when they exist, what down kept is gone.
+        flow = w * tokens * (3 * self.inner + self.hidden)
+        if adapters:
+            flow += self.tokens * self.inner * (-w if width == w else 4 * (s.options.get("lora_dropout", 0.0) > 0))
+        for i in reversed(range(lowest, self.layers)):
+            passes = i > lowest or bool(outside["embed"]) or bool(set(by_layer.get(i, {})) - {"down_proj"})
+            down = width * by_layer.get(i, {}).get("down_proj", 0)
+            kept = sum(saved[:i]) + max(whole[i], saved[i]) + (w * tokens * self.hidden if saved[i] < whole[i] else 0)
+            moments[f"layer {i}"] = live + kept + down + (flow if passes else 2 * w * tokens * self.hidden)
+            live += gradients.get(i, 0)
+        embedding = w * self.vocabulary * self.hidden if outside["embed"] else 0
+        moments["backward end"] = live + embedding + w * tokens * self.hidden
+        total = live - base + embedding
+        if s.step_in_backward:
+            moments = {
+                name: value - sum(gradients.get(j, 0) for j in range(int(name[6:]) + 1, self.layers))
+                if name.startswith("layer ")
+                else value
+                for name, value in moments.items()
+            }
+            moments["backward end"] = base + max(gradients.values(), default=0) + embedding
+        else:
+            moments["step"] = base + total + self._step_bytes(trained)
+        return Estimate(moments, weights, total, state, sum(saved) + ends)
+
+    def _layer_bytes(self, trained: Iterable[str], below: bool, adapter_bytes: int | None) -> int:
+        """What one layer keeps; `below` says whether its input is differentiated."""
+        trains, w, tokens = set(trained), self.bytes, self.tokens
+        norm = 4 * tokens * (self.hidden + 1)
+        read = w * tokens * self.hidden
+        wide = w * tokens * self.inner
+        kept = norm if below else 0
+        flows = below
+        if "input_layernorm" in trains:
+            kept, flows = kept + read, True
+        if trains & _QKV and adapter_bytes != 4:
+            kept += read
+        flows = flows or bool(trains & _QKV)
+        out = w * tokens * self.queries
+        if flows:
+            kept += w * tokens * (self.queries + 2 * self.keys) + out + 4 * tokens * self.heads
+        elif "o_proj" in trains and adapter_bytes is None:
+            kept += out
+        flows = flows or "o_proj" in trains
+        kept += norm if flows else 0
+        if "post_attention_layernorm" in trains:
+            kept, flows = kept + read, True
+        if trains & _GATE_UP and adapter_bytes != 4:
+            kept += read
+        gate, up = flows or "gate_proj" in trains, flows or "up_proj" in trains
+        kept += wide * (2 * gate + up)
+        if "down_proj" in trains and adapter_bytes != 4:
+            kept += wide
+        if adapter_bytes is not None:
+            kept += self._adapter_bytes(trains, adapter_bytes)
+        return kept
+
+    def _adapter_bytes(self, trained: set[str], width: int) -> int:
+        """Copies of inputs in the adapters' precision, dropped inputs and their masks, and products of rank r."""
+        options = self.scenario.options
+        rank, dropout = options.get("lora_r", 16), options.get("lora_dropout", 0.0)
+        kept = 0
+        for module in trained & set(_MATRICES):
+            copies = width == 4 or dropout > 0
+            kept += self.tokens * (width * rank + self.widths[module][0] * (width * copies + (dropout > 0)))
+        return kept
+
+    def _state_bytes(self, num: int, width: int, adapters: bool) -> int:
+        s = self.scenario
+        if adapters:
+            return 2 * width * num
+        if s.state_format == "8bit":
+            return 2 * num + 8 * num // EightBitStates.BLOCK
+        if self.bytes == 4:
+            return _MOMENTS * num
+        if s.state_format in ("fp32", "bf16"):
+            return (_MOMENTS if s.state_format == "fp32" else _MOMENTS // 2) * num
+        return (_MASTER + _MOMENTS) * num
+
+    def _step_bytes(self, trained: Mapping[str, int]) -> int:
+        s = self.scenario
+        if s.state_format in _ROUNDING_BYTES:
+            return _ROUNDING_BYTES[s.state_format] * max(trained.values(), default=0)
+        if self.bytes == 4 or s.state_format == "8bit" or any("lora_" in name for name in trained):
+            return 0
+        return min(4 * sum(trained.values()), _WORKSPACE_BYTES)
+
+
+COVERED = ("adamw", "badam", "lisa", "misa", "misa_uniform", "lora")
+
+
+def trained_parameters(model: Any) -> dict[str, int]:
+    """Elements of each parameter of a model that trains now, by name: what `ClosedForm.estimate` takes."""
+    return {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,313 @@
+"""A training step as it would be at full size: model, method and setting of a scenario, run on fake tensors."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from misa.integration.chunked_loss import LOSSES, ChunkedLoss
+from misa.memory.command import make_optimizer
+from misa.memory.fake import FakeMode, as_on_accelerator, build_fake_model, wrapping
+from misa.memory.models import configuration, longest_sequence
+from misa.memory.step import StepMemory, checkpoint_layers, measure_step, random_batch
+from misa.methods import METHODS, build
+from misa.models import DTYPES
+
+#: How the optimizer holds what it knows of bf16 weights; "8bit" is emulated, see `EightBitStates`.
+STATE_FORMATS = ("master", "fp32", "bf16", "8bit")
+ALL_LAYERS = -1
+#: CUDA's caching allocator hands out multiples of this many bytes.
+CUDA_ROUNDING = 512
+_ONE_ROUND = 10**6
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is trained, how, and on how much.
+
+    Attributes:
+        model: A name of `misa.memory.models.MODEL_NAMES`, a folder or a JSON configuration.
+        method: A key of `misa.methods.METHODS`.
+        options: The method's own options.
+        batch_size: Sequences in a step.
+        seq_len: Tokens in a sequence.
+        checkpointing: Layers, from the lowest that trains upwards, whose activations are recomputed in the backward
+            pass: 0 none (the default), `ALL_LAYERS` all.
+        loss: "full", which holds the logits of all tokens, or "chunked".
+        dtype: Precision of the weights.
+        state_format: For block methods and bf16 weights, one of `STATE_FORMATS`; None is the method's own.
+        step_in_backward: For block methods: apply and free each gradient as soon as it is ready.
+        lean_adapters: For LoRA and DoRA: adapters in the precision of the weights instead of fp32.
+        num_layers: Layers instead of the model's own number, or None.
+    """
+
+    model: str = "llama3-8b"
+    method: str = "misa"
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+    seq_len: int = 512
+    checkpointing: int = 0
+    loss: str = "full"
+    dtype: str = "bfloat16"
+    state_format: str | None = None
+    step_in_backward: bool = False
+    lean_adapters: bool = False
+    num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field that can be checked without building anything."""
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
+        for name in ("batch_size", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.checkpointing < ALL_LAYERS:
+            raise ValueError(f"checkpointing is {self.checkpointing}; it must be a number of layers, or -1 for all")
+        for name, allowed in (("loss", LOSSES), ("dtype", DTYPES), ("state_format", (None, *STATE_FORMATS))):
+            if getattr(self, name) not in allowed:
+                words = ", ".join(str(word) for word in allowed if word)
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {words}")
+        if (self.state_format or self.step_in_backward) and not is_blockwise(self.method):
+            raise ValueError(f"state_format and step_in_backward belong to block methods; method {self.method} is none")
+        if self.lean_adapters and not has_adapters(self.method):
+            raise ValueError(f"lean_adapters belongs to methods with adapters; method {self.method} has none")
+
+    def check_length(self, config: Any) -> None:
+        """Refuse a sequence that the model's positions do not allow.
+
+        Raises:
+            ValueError: If it is longer.
+        """
+        limit = longest_sequence(config)
+        if limit is not None and self.seq_len > limit:
+            raise ValueError(f"seq_len is {self.seq_len}; {self.model} allows at most {limit}")
+
+
+def is_blockwise(method: str) -> bool:
+    """Whether a method trains the blocks drawn for a round, and so takes settings of the block-coordinate engine."""
+    return "interval" in METHODS[method].defaults and not has_adapters(method)
+
+
+def has_adapters(method: str) -> bool:
+    """Whether a method adds low-rank adapters."""
+    return "lora_r" in METHODS[method].defaults
+
+
+class Laboratory:
+    """A model of fake tensors with a method applied to it, whose training step can be measured in many settings.
+
+    Building takes seconds for 8 billion parameters, and so does each measurement.
+
+    Args:
+        scenario: What to build. Batch, sequence, checkpointing and loss can be changed for each measurement.
+        real: Use real tensors on the CPU, for checks with small models.
+        rounding_bytes: Each storage counts as the next multiple of this. Default: CUDA's.
+
+    Raises:
+        ValueError: For an unknown model or an option the method does not have, or a budget no block fits.
+    """
+
+    def __init__(self, scenario: Scenario, real: bool = False, rounding_bytes: int = CUDA_ROUNDING) -> None:
+        self.scenario = scenario
+        self.config = configuration(scenario.model)
+        if scenario.num_layers is not None:
+            self.config.num_hidden_layers = scenario.num_layers
+        scenario.check_length(self.config)
+        self._rounding = rounding_bytes
+        self._mode = None if real else FakeMode()
+        self._loss: ChunkedLoss | None = None
+        self._samples: dict[int, list[tuple[int, ...]]] = {}
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            # What matters of them (blocks that never fit) is said by the draws.
+            warnings.simplefilter("ignore")
+            self._build()
+
+    def _build(self) -> None:
+        s = self.scenario
+        if self._mode is None:
+            from transformers import AutoModelForCausalLM
+
+            from misa.memory.fake import ATTENTION, register_attention
+            from misa.models import torch_dtype
+
+            register_attention()
+            torch.manual_seed(0)
+            self.base = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch_dtype(s.dtype), attn_implementation=ATTENTION
+            ).train()
+        else:
+            self.base = build_fake_model(self.config, s.dtype, self._mode)
+        options = dict(s.options)
+        # A round that outlasts the measurement, and no first pass, whose rounds are of one step.
+        endless = {"interval": _ONE_ROUND, "first_pass": False}
+        options |= {name: value for name, value in endless.items() if name in METHODS[s.method].defaults}
+        with self._wrapping():
+            built = build(s.method, self.base, lr=1e-5, options=options)
+            if s.lean_adapters:
+                _narrow_adapters(built.model, self.base.dtype)
+        self.model: Any = built.model
+        self.settings = built.settings
+        kind, arguments = built.optimizer_cls_and_kwargs
+        arguments = {**arguments, **self._engine_settings()}
+        # Outside the mode, so that the scores and the draw, which have values, are real numbers.
+        with as_on_accelerator():
+            self.optimizer: Any = make_optimizer(replace(built, optimizer_cls_and_kwargs=(kind, arguments)))
+        self._fresh = self.optimizer.state_dict() if self.blocks else None
+        self._is_primed = False
+
+    def _wrapping(self) -> Any:
+        return _nothing() if self._mode is None else wrapping(self._mode)
+
+    def _engine_settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.scenario.step_in_backward:
+            found["step_in_backward"] = True
+        if self.scenario.state_format == "8bit":
+            found |= {"state_format": "inner", "inner": EightBitStates}
+        elif self.scenario.state_format:
+            found["state_format"] = self.scenario.state_format
+        return found
+
+    @cached_property
+    def blocks(self) -> tuple[Any, ...]:
+        """The blocks that a block method draws from; none for other methods."""
+        optimizer = self.optimizer
+        drawn = getattr(getattr(optimizer, "settings", None), "order", "all") != "all"
+        return tuple(optimizer.blocks) if drawn else ()
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices of the blocks that are on."""
+        names = {block.name: i for i, block in enumerate(self.blocks)}
+        return tuple(names[name] for name in self.optimizer.active) if self.blocks else ()
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model that the method trains over time, adapters not counted among them."""
+        return sum(p.numel() for p in self.base.parameters())
+
+    def switch_to(self, draw: Sequence[int]) -> None:
+        """Turn on these blocks instead of the drawn ones.
+
+        Args:
+            draw: Indices into `blocks`.
+        """
+        if self._fresh is None or tuple(sorted(draw)) == self.active:
+            return
+        state = {**self._fresh, "misa": {**self._fresh["misa"], "active": sorted(draw)}}
+        self.optimizer.load_state_dict(copy.copy(state))
+        self._is_primed = False
+
+    def sample(self, num: int) -> list[tuple[int, ...]]:
+        """Draw as the method's sampler draws, with its probabilities before training; the method itself is unmoved.
+
+        Args:
+            num: Number of draws.
+
+        Returns:
+            Sorted indices into `blocks`.
+        """
+        if not self.blocks:
+            return []
+        if num in self._samples:
+            return self._samples[num]
+        sampler = copy.deepcopy(self.optimizer._sampler)
+        log_p = torch.tensor(list(self.optimizer.probabilities.values()), dtype=torch.float64).log()
+        self._samples[num] = [sampler.draw(log_p) for _ in range(num)]
+        return self._samples[num]
+
+    def measure(self, **changes: Any) -> StepMemory:
+        """Measure a training step in the steady state.
+
+        Args:
+            **changes: Fields of the scenario to change: batch_size, seq_len, checkpointing, loss.
+
+        Returns:
+            What the step held.
+
+        Raises:
+            ValueError: For other fields, or values out of range.
+        """
+        if unknown := set(changes) - {"batch_size", "seq_len", "checkpointing", "loss"}:
+            raise ValueError(f"{', '.join(sorted(unknown))}: cannot be changed without building anew")
+        s = replace(self.scenario, **changes)
+        s.check_length(self.config)
+        self._set_loss(s.loss)
+        checkpoint_layers(self.model, s.checkpointing)
+        with self._inside():
+            self._prime()
+            batch = random_batch(self.config.vocab_size, s.batch_size, s.seq_len)
+            gc.collect()
+            return measure_step(self.model, self.optimizer, batch, self._rounding)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        with as_on_accelerator(), self._mode or _nothing():
+            yield
+
+    def _prime(self) -> None:
+        """Make the state that a first step makes, from gradients of the right shape."""
+        if self._is_primed:
+            return
+        if getattr(getattr(self.optimizer, "settings", None), "step_in_backward", False):
+            loss = sum(p.sum() for p in self.model.parameters() if p.requires_grad)
+            loss.backward()  # type: ignore[union-attr]
+        else:
+            for p in self.model.parameters():
+                if p.requires_grad:
+                    p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._is_primed = True
+
+    def _set_loss(self, loss: str) -> None:
+        if loss == "chunked" and self._loss is None:
+            self._loss = ChunkedLoss(self.base)
+        elif loss == "full" and self._loss is not None:
+            self._loss.remove()
+            self._loss = None
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _narrow_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep PEFT's adapters in the precision of the weights."""
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None and p.requires_grad and p.dtype != dtype:
+                setattr(module, name, nn.Parameter(p.detach().to(dtype)))
+
+
+class EightBitStates(torch.optim.Optimizer):
+    """The shape of an AdamW with moments of 8 bits: what it holds, not what it computes.
+
+    Two bytes a parameter and two fp32 scales for each 256 parameters, as in torchao and bitsandbytes. Their step is one
+    fused kernel, so it makes nothing here.
+    """
+
+    BLOCK = 256
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0, **defaults})
+
+    @torch.no_grad()
+    def update(self, *_: Any) -> None:
+        """Make the state, and nothing else."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not self.state[p]:
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        self.state[p][name] = torch.zeros(p.numel(), dtype=torch.uint8)
+                        self.state[p][f"{name}_scale"] = torch.zeros(-(-p.numel() // self.BLOCK))

@@ -1,0 +1,132 @@
+"""`python -m misa.memory --model ...`: answers about models that are not there."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from misa.memory.command import main
+from misa.memory.grid import TABLES
+from misa.memory.grid import main as grid_main
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 2000,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+def test_explains_a_peak_in_words_and_in_json(small, capsys):
+    words = ["--model", small, "--method", "misa", "--budget", "0.1", "--batch-size", "2", "--seq-len", "256"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for part in ("peak ", "weights", "worst draw found", "mean of 200 draws", "would lower it", "--loss chunked"):
+        assert part in text
+    assert main([*words, "--checkpointing", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_bytes"] == sum(found["by_category"].values())
+    assert found["scenario"]["checkpointing"] == -1
+    assert found["draw"]["worst_bytes"] >= found["draw"]["used_bytes"]
+    assert found["closed_form"]["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.03)
+
+
+def test_levers_named_are_levers(small, capsys):
+    words = ["--model", small, "--method", "misa", "--budget", "0.1", "--seq-len", "1024", "--json"]
+    main(words)
+    before = json.loads(capsys.readouterr().out)
+    lever = before["would_lower"][0]
+    main([*words, *lever["change"].split()])
+    after = json.loads(capsys.readouterr().out)
+    saved = before["peak_bytes"] - after["peak_bytes"]
+    assert saved == pytest.approx(lever["saves_bytes"], rel=0.1)
+
+
+def test_compares_methods_and_draws_them(small, tmp_path, capsys):
+    words = ["--model", small, "--compare", "--variants", "lora-r8,misa-25", "--seq_len", "64"]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "LoRA r8, fp32 adapters" in text
+    table = pd.read_csv(tmp_path / "out" / "memory_compare.csv")
+    assert set(table["method"]) == {"LoRA r8, fp32 adapters", "MISA 25%"}
+    for ending in ("pdf", "png"):
+        assert (tmp_path / "out" / f"memory_compare.{ending}").stat().st_size > 1000
+
+
+def test_says_what_fits(small, capsys):
+    assert main(["--model", small, "--fit", "60MiB", "--variants", "misa-25,badam", "--checkpointing", "--json"]) == 0
+    misa, badam, budget = json.loads(capsys.readouterr().out)
+    for found in (misa, badam):
+        assert found["num_tokens"] > 128
+        assert found["peak_bytes"] <= 60 * 2**20
+        assert found["num_tokens"] == found["batch_size"] * found["seq_len"]
+    assert 0 < budget["largest_budget"] <= 0.5
+
+
+def test_memory_budget_chooses_and_says_why(small, capsys):
+    words = ["--model", small, "--seq_len", "1024", "--budget", "0.1", "--memory_budget"]
+    assert main([*words, "60MiB"]) == 0
+    text = capsys.readouterr().out
+    assert "budget         0.1" in text
+    assert "fits: " in text
+    assert main([*words, "5MiB"]) == 2
+    assert "memory_budget: 0.00 GiB is too little" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "llama3-9b"], "model is 'llama3-9b'; allowed: llama3-8b"),
+        (["--model", "llama3-8b", "--seq-len", "8193"], "seq_len is 8193; llama3-8b allows at most 8192"),
+        (["--model", "llama3-8b", "--method", "adam"], "method is 'adam'; allowed: adamw"),
+        (["--model", "7m", "--budget", "1.5"], "budget=1.5: must lie in (0, 1]"),
+        (["--model", "7m", "--budget", "1e-6"], "no block fits"),
+        (["--model", "7m", "--fit", "24"], "fit is '24'; it must be an amount with a unit"),
+        (["--model", "7m", "--fit", "1GiB", "--compare"], "compare and fit: ask one question at a time"),
+        (["--model", "7m", "--compare", "--variants", "lora"], "variants is 'lora'; allowed, comma separated: adamw"),
+        (["--model", "7m", "--method", "lora", "--memory_budget", "1GiB"], "chooses for block methods"),
+        (["--model", "7m", "--checkpoint_layers", "-3"], "checkpoint_layers is -3"),
+        (["--seq_len", "8"], "give either --model, to simulate, or --model_name_or_path"),
+        (["--model_name_or_path", "2m"], "output_dir is missing"),
+    ],
+)
+def test_wrong_input_ends_with_status_2_and_one_line(words, message, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_grid_parts_become_tables(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("misa.memory.grid.SEQ_LENS", (128, 256, 512))
+    parts = []
+    for name in ("misa-25", "sweep", "levers"):
+        parts.append(str(tmp_path / f"{name}.json"))
+        monkeypatch.setattr("misa.memory.grid.SWEEP", (0.1, 0.25))
+        monkeypatch.setattr("misa.memory.grid.LEVERS_BUDGET", 0.1)
+        assert grid_main(["part", "--part", name, "--model", small, "--output", parts[-1]]) == 0
+    assert grid_main(["join", *parts, "--output_dir", str(tmp_path / "tables")]) == 0
+    for name, columns in TABLES.items():
+        table = pd.read_csv(tmp_path / "tables" / f"{name}.csv")
+        assert tuple(table.columns) == columns
+        assert len(table)
+    grid = pd.read_csv(tmp_path / "tables" / "memory_grid.csv")
+    assert set(grid["draw"]) == {"worst", "mean"}
+    assert set(json.loads((tmp_path / "tables" / "memory_grid.json").read_text())["parts"]) == {
+        "misa-25",
+        "sweep",
+        "levers",
+    }
+    assert grid_main(["part", "--part", "sgd9", "--output", str(tmp_path / "x.json")]) == 2
