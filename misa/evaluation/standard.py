@@ -121,7 +121,7 @@ def local_config(task: str, data_dir: str) -> dict[str, Any]:
     return {**config, "task": task, "custom_dataset": partial(_load, task, data_dir)}
 
 
-def _load(task: str, data_dir: str, **_: Any) -> dict[str, Any]:
+def _load(task: str, folder: str, **_: Any) -> dict[str, Any]:
     from datasets import Dataset
 
     from misa.data.records import read_records
@@ -129,9 +129,9 @@ def _load(task: str, data_dir: str, **_: Any) -> dict[str, Any]:
     row = STANDARD_TASKS[task].row
     if row is None:
         raise ValueError(f"task {task} reads no local folder")
-    splits = {"test": Dataset.from_list([row(record) for record in read_test(STANDARD_TASKS[task].dataset, data_dir)])}
+    splits = {"test": Dataset.from_list([row(record) for record in read_test(STANDARD_TASKS[task].dataset, folder)])}
     if row is number_row:
-        splits["train"] = Dataset.from_list(read_records(_few_shot_file(data_dir), ("question", "answer")))
+        splits["train"] = Dataset.from_list(read_records(_few_shot_file(folder), ("question", "answer")))
     return splits
 
 
