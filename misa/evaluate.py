@@ -110,7 +110,8 @@ def _go_offline(words: Sequence[str]) -> None:
     parser.add_argument("--data_dir", "--data-dir", default="")
     parser.add_argument("--offline", nargs="?", const=True)
     known, _ = parser.parse_known_args(words)
-    if known.offline or (known.data_dir and Path(known.model_name_or_path).exists()):
+    is_offline = str(known.offline) not in ("None", "False", "false", "0")
+    if is_offline or (known.data_dir and Path(known.model_name_or_path).exists()):
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 

@@ -133,9 +133,18 @@ def _resolve(
     }
 
 
-def _key(config: dict[str, Any], task: str) -> str:
-    """Return a digest of all that a task's score depends on; paths stand for their contents."""
-    names = ("model_digest", "limit", "batch_size", "max_length", "max_seq_length", "dtype", "device", "seed")
+def _key(config: dict[str, Any], task: str, of_response: bool = False) -> str:
+    """Return a digest of all that a task's score, or a single response, depends on; paths stand for their contents."""
+    names = (
+        "model_digest",
+        *(() if of_response else ("limit",)),
+        "batch_size",
+        "max_length",
+        "max_seq_length",
+        "dtype",
+        "device",
+        "seed",
+    )
     parts = [config.get(name) for name in names] + [config["task_digests"][task], config["data_digests"][task]]
     # A hub id has no digest, so there the name has to do.
     parts.append(task if config["model_digest"] else [task, config["model_name_or_path"]])
@@ -178,12 +187,15 @@ def _scores(arguments: EvaluateArguments, tasks: list[str], folder: ModelFolder,
                     max_length=arguments.max_length,
                     max_prompt_length=arguments.max_seq_length,
                 )
-            requests = Path(arguments.output_dir) / REQUESTS_FOLDER / kept[task].stem
+            # Responses do not depend on the limit, so a larger one goes on from those of a smaller one.
+            name = f"{task}-{_key(config, task, of_response=True)[:16]}"
+            requests = Path(arguments.output_dir) / REQUESTS_FOLDER / name
             score = run_task(task, model, arguments.data_dir, arguments.limit, arguments.seed, requests)
             write_text(kept[task], json.dumps(asdict(score), default=str, ensure_ascii=False))
-            # The responses are in the finished task now.
-            for path in requests.parent.glob(f"{requests.name}*"):
-                path.unlink()
+            if arguments.limit is None:
+                # No larger limit can want them.
+                for path in requests.parent.glob(f"{requests.name}*"):
+                    path.unlink()
         # Read back even when it was just made, so that a resumed evaluation gives the same bytes.
         scores.append(Score(**json.loads(kept[task].read_text(encoding="utf-8"))))
     return scores

