@@ -153,6 +153,21 @@ def test_batches_answer_like_single_documents(arguments, benchmarks, tmp_path) -
     assert responses[1] == responses[4] == responses["auto"]
 
 
+def test_adapter_is_searched_like_its_base(known, arguments, tmp_path) -> None:
+    """A fresh LoRA adapter changes nothing, so its beams are those of the base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(known.model)
+    get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    responses = []
+    for name, model in (("of-base", known.model), ("of-adapter", tmp_path / "adapter")):
+        assert evaluate.main(arguments(model_name_or_path=model, tasks="misa_siqa", output_dir=tmp_path / name)) == 0
+        samples = json.loads((tmp_path / name / "lm_eval.json").read_text())["samples"]["misa_siqa"]
+        responses.append([sample["resps"] for sample in samples])
+    assert responses[0] == responses[1]
+
+
 def test_interrupted_task_goes_on_from_the_responses_it_has(arguments, tmp_path, monkeypatch) -> None:
     from misa.evaluation.model import Model
 
