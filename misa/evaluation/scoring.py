@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -154,6 +155,11 @@ def run_task(
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+    from torch.utils import collect_env
+
+    # The harness asks a dozen programs about the machine for every task; once for all tasks is enough.
+    if not hasattr(collect_env.get_pretty_env_info, "cache_info"):
+        collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
 
     # The harness's other tasks are left out: indexing thousands of files takes half a minute.
     is_standard = task in STANDARD_TASKS
