@@ -133,7 +133,7 @@ def _yaml(task: str) -> dict:
 def test_mathematics_of_the_harness_has_worked_examples(arguments, tmp_path) -> None:
     assert evaluate.main(arguments(tasks="svamp", limit=1)) == 0
     samples = json.loads((tmp_path / "out" / "lm_eval.json").read_text())["samples"]["svamp"]
-    prompt = samples[0]["arguments"]["gen_args_0"]["arg_0"]
+    prompt = samples[0]["arguments"][0][0]
     assert prompt.count("#### 2") == 5
     assert prompt.endswith("Question: What is 0 to svamp?\nAnswer:")
     assert {"exact_match-strict-match", "exact_match-flexible-extract"} <= {
