@@ -206,24 +206,22 @@ def _evaluation(run: RunOptions, finetune: FinetuneOptions) -> list[str]:
     Raises:
         ValueError: If the task is unknown, or its data are not there.
     """
-    from misa.evaluation.scoring import data_files, task_names
+    from misa.evaluation.scoring import data_files, expand
 
     if not run.save_model:
         raise ValueError("evaluate_at_last needs the trained model: it contradicts save_model false")
     task = TASKS.get(finetune.task_name or "")
     if task is None:
         raise ValueError(f"evaluate_at_last: task_name is {finetune.task_name!r}, allowed is {', '.join(TASKS)}")
-    if task not in task_names():
-        raise ValueError(f"evaluate_at_last: task {task} is not installed; there are {', '.join(task_names())}")
     folder = finetune.evaluation_data_dir or finetune.dataset_path
     try:
-        data_files([task], folder)
+        data_files(expand([task]), folder)
     except (ValueError, OSError) as error:
         raise ValueError(f"evaluate_at_last: {error}; name the folder with --evaluation_data_dir") from error
     output = Path(run.output_dir)
     return [
         *("--model_name_or_path", str(output / "model"), "--tasks", task, "--data_dir", str(folder)),
-        *("--output_dir", str(output / "evaluation"), "--max_length", str(finetune.max_length)),
+        *("--output_dir", str(output / "evaluation"), "--max_seq_length", str(finetune.max_length)),
     ]
 
 

@@ -18,29 +18,42 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class ModelFolder:
-    """A checkpoint folder, a PEFT adapter folder, or a hub id, checked before anything is loaded.
+    """A checkpoint folder, a PEFT adapter folder, a GGUF file, or a hub id, checked before anything is loaded.
 
     Args:
         name_or_path: What to load.
         offline: Refuse what is not on this machine.
 
     Raises:
-        ValueError: If it is neither a folder with a `config.json` or `adapter_config.json`, nor a permitted hub id.
+        ValueError: If it is neither a folder with a `config.json` or `adapter_config.json`, nor a GGUF file, nor a
+            permitted hub id.
     """
 
     def __init__(self, name_or_path: str, offline: bool = False) -> None:
         self.name_or_path = name_or_path
         self.folder = Path(name_or_path)
         self.base = name_or_path
+        if self.is_gguf:
+            return
         if not self.folder.is_dir():
             if self.folder.exists():
-                raise ValueError(f"model_name_or_path {name_or_path} is a file, not a model folder")
-            if offline or not HUB_ID.fullmatch(name_or_path):
+                raise ValueError(f"model_name_or_path {name_or_path} is a file, neither a model folder nor GGUF")
+            if not HUB_ID.fullmatch(name_or_path):
                 raise ValueError(f"model_name_or_path {name_or_path}: no such folder")
+            if offline and not in_hub_cache(name_or_path):
+                raise ValueError(
+                    f"model_name_or_path {name_or_path}: no such folder, and offline; it would come from "
+                    f"https://huggingface.co/{name_or_path}"
+                )
         elif self.is_adapter:
             self.base = self._base_of_adapter()
         elif not (self.folder / "config.json").is_file():
             raise ValueError(f"model_name_or_path {name_or_path} has neither config.json nor {ADAPTER_CONFIG}")
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is a GGUF file, whose weights are dequantised."""
+        return self.folder.suffix == ".gguf" and self.folder.is_file()
 
     @property
     def is_adapter(self) -> bool:
@@ -50,13 +63,15 @@ class ModelFolder:
     @property
     def is_local(self) -> bool:
         """Whether model and base model are both on this machine."""
-        return self.folder.is_dir() and Path(self.base).is_dir()
+        return self.is_gguf or (self.folder.is_dir() and Path(self.base).is_dir())
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over everything that can change a score, or "" for a model of a hub."""
         if not self.is_local:
             return ""
+        if self.is_gguf:
+            return files_digest([self.folder])
         folders = dict.fromkeys((Path(self.base), self.folder))
         return files_digest(
             path for folder in folders for pattern in SCORED_FILES for path in sorted(folder.glob(pattern))
@@ -77,6 +92,8 @@ class ModelFolder:
         """
         from misa.models import resolve_dtype
 
+        if dtype == "auto" and self.is_gguf:
+            return resolve_dtype("auto")
         if dtype != "auto" or not (Path(self.base) / "config.json").is_file():
             return dtype
         config = json.loads((Path(self.base) / "config.json").read_text(encoding="utf-8"))
@@ -96,3 +113,10 @@ class ModelFolder:
         if not HUB_ID.fullmatch(base):
             raise ValueError(f"{path} names the base model {base}, which is not there")
         return str(base)
+
+
+def in_hub_cache(hub_id: str) -> bool:
+    """Say whether a model was fetched from the hub before and lies in its cache on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)

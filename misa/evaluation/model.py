@@ -4,26 +4,44 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from misa.evaluation.beams import GROUPED_ATTENTION, beam_search, has_plain_cache
 from misa.evaluation.folder import ModelFolder
+
+# Documents scored between two entries in the request cache.
+ROLLING_DOCUMENTS = 256
+
+# More documents at a time than this do not go faster.
+MOST_DOCUMENTS = {"cpu": 32, "cuda": 256}
+
+# Batch size where nothing is generated and none is asked for.
+SCORED_DOCUMENTS = 32
 
 
 class Model(HFLM):
     """A loaded causal LM for the harness.
 
-    Two things differ from `HFLM`: nothing is looked up on a hub, and the windows of all documents are scored in one
-    pass, sorted by length, where `HFLM` pads each batch to its longest and draws a progress bar for each.
+    What differs from `HFLM`: nothing is looked up on a hub; the windows of many documents are scored in one pass,
+    sorted by length, where `HFLM` draws a progress bar for each document; beams are searched by `beam_search`; and
+    `auto` takes a batch size that fits without trying.
 
     Attributes:
-        num_scored_tokens: Tokens predicted by the last `loglikelihood_rolling`.
+        auto_batch_size: Choose the batch size anew for each set of prompts.
+        max_prompt_length: Prompts of generated answers are cut on the left to so many tokens; None cuts only what
+            does not fit into the model.
     """
 
-    num_scored_tokens = 0
+    auto_batch_size = False
+    max_prompt_length: int | None = None
 
     def get_model_info(self) -> dict[str, Any]:
         """Return size and dtype for the harness's record."""
@@ -31,6 +49,15 @@ class Model(HFLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each document, nats."""
+        totals = []
+        for start in range(0, len(requests), ROLLING_DOCUMENTS):
+            some = requests[start : start + ROLLING_DOCUMENTS]
+            totals += self._rolling(some, disable_tqdm)
+            for request, total in zip(some, totals[start:], strict=True):
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _rolling(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[float]:
         windows, owners = [], []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -38,42 +65,121 @@ class Model(HFLM):
             for window in map(make_disjoint_window, rolling):
                 windows.append((None, *window))
                 owners.append(index)
-        self.num_scored_tokens = sum(len(continuation) for _, _, continuation in windows)
         totals = [0.0] * len(requests)
         answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
         for owner, (value, _) in zip(owners, answers, strict=True):
             totals[owner] += value
         return totals
 
+    def num_tokens(self, text: str) -> int:
+        """Return the number of tokens that are predicted when a text is scored: all of it, given a start token."""
+        return len(self.tok_encode(text, add_special_tokens=False))
 
-def load_model(folder: ModelFolder, *, dtype: str, device: str, batch_size: int, max_length: int | None) -> Model:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the continuation of each prompt."""
+        if self.auto_batch_size and requests:
+            longest = max(len(self.tok_encode(request.args[0])) for request in requests)
+            settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+            tokens = longest + max(setting["max_gen_toks"] for setting in settings)
+            beams = max(setting.get("num_beams", 1) for setting in settings)
+            self.batch_size_per_gpu = documents_that_fit(self.model, tokens * beams, self.device)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode prompts, cut on the left to `max_prompt_length`, and pad them to one length."""
+        limits = [limit for limit in (left_truncate_len, self.max_prompt_length) if limit is not None]
+        return super().tok_batch_encode(strings, padding_side, min(limits, default=None), truncation)
+
+    def _model_generate(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> torch.Tensor:
+        num_beams = generation_kwargs.get("num_beams", 1)
+        if num_beams == 1 or generation_kwargs.get("do_sample"):
+            return super()._model_generate(context, max_length, stop, **generation_kwargs)
+        if not has_plain_cache(self.model):
+            # The harness's stopping rules count documents, not beams; the text is cut at the stop words afterwards.
+            return super()._model_generate(context, max_length, [], **generation_kwargs)
+        ends = self.model.generation_config.eos_token_id
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return beam_search(
+            self.model,
+            context,
+            generation_kwargs["attention_mask"],
+            num_beams=num_beams,
+            num_new=max_length - context.shape[1],
+            end_ids=ends if isinstance(ends, list) else [ends],
+            pad_id=self.tokenizer.pad_token_id,
+        )
+
+
+def documents_that_fit(model: Any, num_tokens: int, device: Any) -> int:
+    """Return how many documents to generate for at a time: what half of the free memory holds, within a bound.
+
+    Args:
+        model: A transformers model.
+        num_tokens: Tokens whose keys and values one document needs at most, over all its beams.
+        device: Where the model computes.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_of_document = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * num_tokens
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    return max(1, min(MOST_DOCUMENTS.get(device.type, 32), free // 2 // bytes_of_document))
+
+
+def load_model(
+    folder: ModelFolder,
+    *,
+    dtype: str,
+    device: str,
+    batch_size: int | None,
+    max_length: int | None,
+    max_prompt_length: int | None = None,
+) -> Model:
     """Load model and tokenizer.
 
     Args:
         folder: What to load.
         dtype: "auto" (as saved), "bfloat16", "float16" or "float32".
         device: Where to compute, such as "cpu" or "cuda".
-        batch_size: Documents at a time.
+        batch_size: Documents at a time; None chooses.
         max_length: Longest context in tokens; None takes the model's own.
+        max_prompt_length: Longest prompt of a generated answer in tokens; None sets no limit.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The harness's warnings are about a model that is given as an object, which is what is meant here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder.base, dtype=dtype)
+    source, of_file = folder.base, {}
+    if folder.is_gguf:
+        source, of_file = str(Path(source).parent), {"gguf_file": Path(source).name}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **of_file)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(GROUPED_ATTENTION)
     if folder.is_adapter:
         from peft import PeftModel
 
         # Not merged: merging rounds the sum to the dtype of the base, which is not the model that was trained.
         model = PeftModel.from_pretrained(model, folder.name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer)
-    return Model(
+    tokenizer = AutoTokenizer.from_pretrained(source if of_file else folder.tokenizer, **of_file)
+    loaded = Model(
         pretrained=model.to(device),
         tokenizer=tokenizer,
-        batch_size=batch_size,
+        batch_size=batch_size or SCORED_DOCUMENTS,
         max_length=max_length,
         # Sums of thousands of log-likelihoods need more digits than bf16 has.
         softmax_dtype="float32",
         # Documents are distinct, so a cache of equal contexts only costs time.
         logits_cache=False,
     )
+    loaded.auto_batch_size = batch_size is None
+    loaded.max_prompt_length = max_prompt_length
+    return loaded

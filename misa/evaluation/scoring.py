@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa.data.records import require_split
+from misa.evaluation.standard import OF_BENCHMARK, STANDARD_TASKS, files_of, local_config, task_folder
+from misa.tasks.benchmarks import BENCHMARKS, find_test
 
 if TYPE_CHECKING:
     from misa.evaluation.model import Model
 
 TASK_FOLDER = Path(__file__).resolve().parents[1] / "tasks"
 
-# The file that a task reads from the data folder; a task not named here reads the test split.
-SPLITS = {"perplexity": "validation"}
+# Tasks that read a folder written by `misa.data`, and the split they read.
+SPLITS = {"misa_family": "test", "perplexity": "validation"}
+
+PREFIX = "misa_"
+FAMILIES = ("math", "commonsense")
+PROTOCOLS = ("paper", "harness")
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Score:
         metrics: `<metric>`, `<metric>_stderr` and `num_documents`.
         evaluate_s: Seconds spent.
         harness: The harness's own result, untouched.
+        prompt_hash: SHA-256 over the harness's hashes of all prompts, in order.
     """
 
     task: str
@@ -37,58 +46,130 @@ class Score:
     metrics: dict[str, float]
     evaluate_s: float
     harness: dict[str, Any]
+    prompt_hash: str = ""
 
 
 def task_names() -> list[str]:
-    """Return the names of all tasks, in alphabetic order."""
-    return sorted(path.stem for path in TASK_FOLDER.glob("*.yaml"))
+    """Return the names of all tasks: ours in alphabetic order, then those of the harness."""
+    ours = [*SPLITS, *(f"{PREFIX}{name}" for name in BENCHMARKS)]
+    return [*sorted(ours), *STANDARD_TASKS]
+
+
+def group_tasks(family: str, protocol: str) -> list[str]:
+    """Return the tasks of a family under a protocol.
+
+    Args:
+        family: math or commonsense.
+        protocol: "paper" (the prompts, decoding and extraction of the paper) or "harness" (the harness's own tasks).
+    """
+    names = [name for name, benchmark in BENCHMARKS.items() if benchmark.family == family]
+    if protocol == "paper":
+        return [f"{PREFIX}{name}" for name in names]
+    return [OF_BENCHMARK.get(name, name) for name in names]
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """Replace the groups `misa_math` and `misa_commonsense` by their tasks; drop repetitions.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    tasks: dict[str, None] = {}
+    for name in names or [""]:
+        family = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and family in FAMILIES:
+            tasks.update(dict.fromkeys(group_tasks(family, "paper")))
+        elif name in task_names():
+            tasks[name] = None
+        else:
+            groups = [f"{PREFIX}{family}" for family in FAMILIES]
+            raise ValueError(f"tasks has {name!r}, allowed are {', '.join([*task_names(), *groups])}")
+    return list(tasks)
 
 
 def task_digest(task: str) -> str:
-    """Return one SHA-256 over a task's YAML file and the Python file the tasks share."""
+    """Return one SHA-256 over what defines a task: its YAML files and the code they share, or the harness's files."""
     digest = hashlib.sha256()
-    for path in (TASK_FOLDER / f"{task}.yaml", TASK_FOLDER / "documents.py"):
+    if task in STANDARD_TASKS:
+        paths = sorted(task_folder(task).rglob("*.yaml"))
+    else:
+        shared = ("documents",) if task in SPLITS else ("_math", "_commonsense", "benchmarks", "answers", "hub")
+        paths = [path for path in sorted(TASK_FOLDER.iterdir()) if path.stem in (task, *shared) and path.is_file()]
+    for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def data_files(tasks: list[str], data_dir: str) -> dict[str, Path]:
-    """Return the file that each task reads.
+def data_files(tasks: Sequence[str], data_dir: str | None, offline: bool = False) -> dict[str, list[Path]]:
+    """Return the local files that each task reads; none for a task whose data comes from the hub.
 
     Args:
         tasks: Names of tasks.
-        data_dir: Folder with the data.
+        data_dir: Folder with the data, or None for the hub.
+        offline: Refuse the hub.
 
     Raises:
-        ValueError: If the folder or a file is missing; the message says what the folder holds.
+        ValueError: If the folder or a file is missing; the message says where it comes from.
     """
-    if not Path(data_dir).is_dir():
+    if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"data_dir {data_dir}: no such folder")
-    return {task: require_split(data_dir, SPLITS.get(task, "test")) for task in tasks}
+    files: dict[str, list[Path]] = {}
+    for task in tasks:
+        if data_dir is None and task in SPLITS:
+            raise ValueError(f"data_dir is not given, but {task} reads {SPLITS[task]}.jsonl, written by misa.data")
+        if data_dir is None and offline:
+            raise ValueError(f"offline, but data_dir is not given: the data of {task} would come from {_hub_id(task)}")
+        if data_dir is None:
+            files[task] = []
+        elif task in SPLITS:
+            files[task] = [require_split(data_dir, SPLITS[task])]
+        elif task in STANDARD_TASKS:
+            files[task] = files_of(task, data_dir)
+        else:
+            files[task] = [find_test(task.removeprefix(PREFIX), data_dir)]
+    return files
 
 
-def run_task(task: str, model: Model, data_dir: str, limit: int | None, seed: int) -> Score:
+def _hub_id(task: str) -> str:
+    from misa.tasks.hub import SOURCES
+
+    source = SOURCES.get(task.removeprefix(PREFIX))
+    return f"https://huggingface.co/datasets/{source.hub_id}" if source else "the hub"
+
+
+def run_task(
+    task: str, model: Model, data_dir: str | None, limit: int | None, seed: int, cache: Path | None = None
+) -> Score:
     """Score a model on one task.
 
     Args:
         task: Name of the task, one of `task_names()`.
         model: The loaded model.
-        data_dir: Folder the task reads.
+        data_dir: Folder the task reads; None for the hub.
         limit: Number of documents from the start of the data; None for all.
-        seed: Seed of whatever the harness draws (greedy tasks draw nothing).
+        seed: Seed of whatever the harness draws (worked examples; nothing else is drawn).
+        cache: Where responses are kept while the task runs, so that it goes on after an interruption.
 
     Raises:
         ValueError: If the data folder lacks what the task reads.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
+    from torch.utils import collect_env
 
-    # The harness's own tasks are left out: indexing thousands of files takes half a minute.
-    manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata={"data_dir": data_dir})
+    # The harness asks a dozen programs about the machine for every task; once for all tasks is enough.
+    if not hasattr(collect_env.get_pretty_env_info, "cache_info"):
+        collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
+
+    # The harness's other tasks are left out: indexing thousands of files takes half a minute.
+    is_standard = task in STANDARD_TASKS
+    folder = task_folder(task) if is_standard and data_dir is None else TASK_FOLDER
+    metadata = {} if data_dir is None else {"data_dir": data_dir}
+    manager = TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
     start = time.perf_counter()
     found = simple_evaluate(
         model=model,
-        tasks=[task],
+        tasks=[local_config(task, data_dir) if is_standard and data_dir is not None else task],
         task_manager=manager,
         batch_size=model.batch_size,
         limit=limit,
@@ -96,13 +177,18 @@ def run_task(task: str, model: Model, data_dir: str, limit: int | None, seed: in
         numpy_random_seed=seed,
         torch_random_seed=seed,
         fewshot_random_seed=seed,
+        use_cache=None if cache is None else str(cache),
     )
     evaluate_s = time.perf_counter() - start
     metrics = flat_metrics(found["results"][task])
-    metrics["num_documents"] = float(found["n-samples"][task]["effective"])
+    # A group, such as mmlu, has samples of its parts only.
+    samples = [sample for part in found["samples"].values() for sample in part]
+    metrics["num_documents"] = float(sum(sizes["effective"] for sizes in found["n-samples"].values()))
     if task == "perplexity":
-        metrics |= perplexity_metrics(found["samples"][task], model.num_scored_tokens)
-    return Score(task, str(found["versions"][task]), metrics, evaluate_s, found)
+        metrics |= perplexity_metrics(samples, sum(model.num_tokens(sample["doc"]["text"]) for sample in samples))
+    hashes = "".join(str(sample["prompt_hash"]) for sample in samples)
+    version = str(found["versions"].get(task, ""))
+    return Score(task, version, metrics, evaluate_s, found, hashlib.sha256(hashes.encode()).hexdigest())
 
 
 def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
@@ -121,6 +207,28 @@ def flat_metrics(results: dict[str, Any]) -> dict[str, float]:
             stem, stderr = (name.removesuffix("_stderr"), "_stderr") if name.endswith("_stderr") else (name, "")
             metrics[stem + ("" if filter_name == "none" else f"-{filter_name}") + stderr] = float(value)
     return metrics
+
+
+def averages(scores: Sequence[Score]) -> dict[str, float]:
+    """Return the averages of the paper: over the sets of a family, each with the same weight.
+
+    Args:
+        scores: Of any tasks.
+
+    Returns:
+        `misa_math/acc` and `misa_commonsense/acc` with standard errors, each only if all its tasks are there.
+    """
+    by_task = {score.task: score.metrics for score in scores}
+    found = {}
+    for family in FAMILIES:
+        tasks = group_tasks(family, "paper")
+        if all(task in by_task for task in tasks):
+            group = f"{PREFIX}{family}"
+            found[f"{group}/acc"] = sum(by_task[task]["acc"] for task in tasks) / len(tasks)
+            errors = [by_task[task].get("acc_stderr", math.nan) for task in tasks]
+            found[f"{group}/acc_stderr"] = math.hypot(*errors) / len(tasks)
+            found[f"{group}/num_documents"] = sum(by_task[task]["num_documents"] for task in tasks)
+    return found
 
 
 def perplexity_metrics(samples: list[dict[str, Any]], num_tokens: int) -> dict[str, float]:

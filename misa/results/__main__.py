@@ -37,6 +37,10 @@ def _run(options: argparse.Namespace) -> int:
         from misa.results.tables import write_score_tables
 
         _print(write_score_tables(options.tables, options.output_dir))
+    elif options.verb == "benchmarks":
+        from misa.results.benchmarks import write_benchmark_table
+
+        _print(write_benchmark_table(options.tables, options.output_dir))
     elif options.verb == "time":
         from misa.results.readme import record_time
 
@@ -66,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     tables = verbs.add_parser("tables", help="tidy tables -> score tables in Markdown and LaTeX")
     tables.add_argument("--tables", required=True, help="folder with scores.csv and runs.csv")
     tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
+    benchmarks = verbs.add_parser("benchmarks", help="tidy tables -> table of the paper's benchmarks, both protocols")
+    benchmarks.add_argument("--tables", required=True, help="folder with scores.csv")
+    benchmarks.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
     readme = verbs.add_parser("readme", help="fill the generated sections of a Markdown file")
     readme.add_argument("readme", help="the file, such as README.md")
     readme.add_argument("--tables", default=TABLES_DIR, help="folder with the score tables (%(default)s)")

@@ -22,7 +22,10 @@ _RUN_COLUMNS = ("run", "kind", "method", "seed", "model", "data")
 #: Columns of each table. `runs` has further ones, from the metrics, peaks and timings of its runs.
 TABLES: dict[str, tuple[str, ...]] = {
     "convergence": ("kind", "run", "method", "seed", "step", "tokens", "time_s", "metric", "value"),
-    "scores": ("run", "method", "seed", "task", "metric", "value", "stderr", "num_documents", "task_version"),
+    "scores": (
+        *("run", "method", "seed", "task", "metric", "value", "stderr"),
+        *("num_documents", "task_version", "prompt_hash"),
+    ),
     "memory": ("method", "model", "batch_size", "seq_len", "checkpointing", "category", "bytes", "moment"),
     "variance": ("snapshot", "step", "scheme", "quantity", "value"),
     "gradient_norms": ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"),
@@ -183,7 +186,7 @@ def _curve_rows(item: Found) -> list[Mapping[str, Any]]:
 
 
 def _score_rows(result: Result) -> list[Mapping[str, Any]]:
-    versions = result.config.get("task_versions", {})
+    versions, hashes = result.config.get("task_versions", {}), result.config.get("prompt_hashes", {})
     rows: list[Mapping[str, Any]] = []
     for name, value in result.metrics.items():
         task, slash, metric = name.rpartition("/")
@@ -201,6 +204,7 @@ def _score_rows(result: Result) -> list[Mapping[str, Any]]:
                 "stderr": result.metrics.get(f"{name}_stderr"),
                 "num_documents": _whole(result.metrics.get(f"{task}/num_documents")),
                 "task_version": str(versions.get(task, "")),
+                "prompt_hash": str(hashes.get(task, "")),
             }
         )
     return rows

@@ -91,13 +91,6 @@ PRETRAIN = {
     "optim": Flag(None),
 }
 
-EVALUATE = {
-    "task_name": Flag("tasks", one_of(TASKS)),
-    "max_seq_length": Flag("max_length"),
-    "load_type": Flag("dtype", one_of(LOAD_TYPES)),
-    "report_to": Flag(""),
-}
-
 
 def translate_train(words: Sequence[str]) -> list[str]:
     """Translate the line of `misa.train`.
@@ -171,11 +164,6 @@ def translate_pretrain(words: Sequence[str]) -> list[str]:
         _scheduler(line)
     _optim(line, False)
     return report_somewhere(line.words(in_their_style), in_their_style)
-
-
-def translate_evaluate(words: Sequence[str]) -> list[str]:
-    """Translate the line of `misa.evaluate`; arguments, result and errors as for `translate_train`."""
-    return Line(words, EVALUATE).words(False)
 
 
 def refuse_together(line: Line, on: Sequence[str]) -> None:

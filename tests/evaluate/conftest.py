@@ -43,7 +43,7 @@ def known(tmp_path_factory) -> SimpleNamespace:
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=256,
+            max_position_embeddings=1024,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -138,7 +138,7 @@ def test_finished_task_is_not_run_again(known, words, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": "gsm9k"}, "tasks has 'gsm9k', allowed are misa_family, perplexity"),
+        ({"tasks": "gsm9k"}, "tasks has 'gsm9k', allowed are misa_aqua"),
         ({"tasks": ","}, "allowed are"),
         ({"model_name_or_path": "./nowhere/model"}, "./nowhere/model: no such folder"),
         ({"data_dir": "nowhere"}, "data_dir nowhere: no such folder"),

@@ -1,0 +1,299 @@
+"""Beam search in batches that gives the answers of `transformers` one by one, in a fraction of its time.
+
+Four things save the time: a prompt is read once and not once for each beam, and what all prompts begin with once for
+all; a document that is finished leaves the batch; beams that change places move only what they generated; and grouped
+attention copies no keys and values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+GROUPED_ATTENTION = "misa_grouped"
+
+# Score of a beam that is none.
+WORTHLESS = -1e9
+
+
+def grouped_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention that does not repeat keys and values for grouped query heads.
+
+    With one new token, the query heads that share a key head are queries of one attention. So nothing needs to be
+    copied; `transformers` repeats keys and values of the whole context as soon as there is padding.
+
+    Args:
+        module: The attention layer.
+        query: Shape [rows, query heads, new tokens, size].
+        key: Shape [rows, key heads, tokens, size].
+        value: Like `key`.
+        attention_mask: Shape [rows, 1, new tokens, tokens], or None.
+        **kwargs: What else `transformers` passes on, such as `scaling`.
+
+    Returns:
+        Shape [rows, new tokens, query heads, size], and None in place of attention weights.
+    """
+    rows, heads, num_new, size = query.shape
+    if num_new != 1 or heads == key.shape[1] or kwargs.get("dropout"):
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output
+    together = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        together, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
+    )
+    return attended.reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
+AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)
+
+
+class BeamLayer(DynamicLayer):
+    """Keys and values of one layer while beams are searched, in one buffer that is never grown or copied as a whole.
+
+    The beams of a document share its prompt and change places among themselves only, so a change of places moves
+    nothing but the generated tokens, of the rows that really change.
+
+    Args:
+        prompt: The layer after reading the prompts, one row for each document.
+        num_beams: Rows of the buffer for each document.
+        num_new: Tokens that may be generated.
+    """
+
+    def __init__(self, prompt: DynamicLayer, num_beams: int, num_new: int) -> None:
+        super().__init__()
+        self.prompt_length = self.length = prompt.get_seq_length()
+        self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
+        self.keys, self.values = (self._buffer(tensor, num_beams, num_new) for tensor in (prompt.keys, prompt.values))
+
+    def _buffer(self, prompt: torch.Tensor, num_beams: int, num_new: int) -> torch.Tensor:
+        rows, heads, length, size = prompt.shape
+        buffer = prompt.new_empty(rows, num_beams, heads, length + num_new, size)
+        buffer[..., :length, :] = prompt[:, None]
+        return buffer.flatten(0, 1)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the new tokens behind the old ones; return all of them as views, [rows, heads, tokens, size]."""
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens held for each row."""
+        return self.length
+
+    def keep(self, documents: torch.Tensor, num_beams: int) -> None:
+        """Drop all documents but those with the given indices."""
+        rows = (documents[:, None] * num_beams + torch.arange(num_beams, device=documents.device)).flatten()
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Give row i the generated tokens of row `beam_idx[i]`, a beam of the same document."""
+        (moved,) = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero(as_tuple=True)
+        tail = slice(self.prompt_length, self.length)
+        for tensor in (self.keys, self.values):
+            # Indexing on the right makes a copy, so rows may change places.
+            tensor[moved, :, tail] = tensor[beam_idx[moved], :, tail]
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Say whether every layer of a model keeps all keys and values, without windows or states of another kind."""
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+@dataclass
+class Beams:
+    """State of the search: documents still searched, and of each the running and the finished beams, best first.
+
+    Attributes:
+        documents: Index of each document in the batch, shape [documents].
+        tokens: Generated tokens of the running beams, shape [documents, beams, tokens].
+        scores: Their summed log-probabilities, shape [documents, beams].
+        finished: Generated tokens of the finished beams, shape [documents, beams, tokens].
+        finished_scores: Their summed log-probabilities divided by their length; very small where there is none.
+    """
+
+    documents: torch.Tensor
+    tokens: torch.Tensor
+    scores: torch.Tensor
+    finished: torch.Tensor
+    finished_scores: torch.Tensor
+
+    @classmethod
+    def start(cls, num_documents: int, num_beams: int, num_new: int, fill: int, device: torch.device) -> Beams:
+        """Return the state before the first token: all beams but the first are worth nothing, since they are equal."""
+        tokens = torch.full((num_documents, num_beams, num_new), fill, device=device)
+        scores = torch.full((num_documents, num_beams), WORTHLESS, device=device)
+        running = scores.clone()
+        running[:, 0] = 0.0
+        return cls(torch.arange(num_documents, device=device), tokens, running, tokens.clone(), scores)
+
+    def advance(self, log_probs: torch.Tensor, step: int, end_ids: torch.Tensor, is_last: bool) -> torch.Tensor:
+        """Choose the next token of every beam.
+
+        Args:
+            log_probs: Of the next token, shape [documents, beams, vocabulary], float32.
+            step: Tokens generated before, from 0.
+            end_ids: Tokens that end a text.
+            is_last: Whether every text ends here.
+
+        Returns:
+            For each new running beam the old one that it continues, shape [documents, beams].
+        """
+        num_beams, vocab_size = log_probs.shape[1:]
+        # One more candidate for each beam and end token, so that enough go on when some end.
+        num_candidates = max(2, 1 + len(end_ids)) * num_beams
+        totals = (log_probs + self.scores[:, :, None]).flatten(1)
+        values, indices = totals.topk(num_candidates)
+        parents, chosen = indices // vocab_size, indices % vocab_size
+        candidates = _take(self.tokens, parents)
+        candidates[:, :, step] = chosen
+        ends = torch.isin(chosen, end_ids) | is_last
+        # Only the best candidates may end; the rest are there to go on.
+        ending = torch.where(ends[:, :num_beams], values[:, :num_beams] / (step + 1), WORTHLESS)
+        merged, order = torch.cat([self.finished_scores, ending], 1).topk(num_beams)
+        self.finished = _take(torch.cat([self.finished, candidates[:, :num_beams]], 1), order)
+        self.finished_scores = merged
+        self.scores, order = torch.where(ends, WORTHLESS, values).topk(num_beams)
+        self.tokens = _take(candidates, order)
+        return parents.gather(1, order)
+
+    def is_open(self, num_tokens: int) -> torch.Tensor:
+        """Say of each document whether a running beam may still beat the worst finished one, shape [documents]."""
+        return self.scores[:, 0] / num_tokens > self.finished_scores[:, -1]
+
+    def keep(self, which: torch.Tensor) -> None:
+        """Drop all documents but those with the given indices."""
+        for name in ("documents", "tokens", "scores", "finished", "finished_scores"):
+            setattr(self, name, getattr(self, name)[which])
+
+
+def _take(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Pick along dimension 1: [documents, n, tokens] by [documents, m] gives [documents, m, tokens]."""
+    return tensor.gather(1, indices[:, :, None].expand(-1, -1, tensor.shape[2]))
+
+
+@torch.inference_mode()
+def beam_search(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    num_beams: int,
+    num_new: int,
+    end_ids: list[int],
+    pad_id: int,
+) -> torch.Tensor:
+    """Generate the best continuation of each prompt, as `model.generate(num_beams=..., do_sample=False)` does.
+
+    The rules are those of `transformers` with its defaults (length penalty 1, `early_stopping=False`): the score of a
+    finished text is its mean log-probability, and a document is done when no running beam beats the worst of
+    `num_beams` finished ones.
+
+    Args:
+        model: A transformers causal LM, or a PEFT model over one, for which `has_plain_cache` holds.
+        input_ids: Prompts, padded on the left, shape [documents, tokens].
+        attention_mask: 0 where padded, same shape.
+        num_beams: Beams for each document.
+        num_new: Tokens to generate at most.
+        end_ids: Tokens that end a text.
+        pad_id: Token that fills what lies behind the end.
+
+    Returns:
+        Prompt and best continuation of each document, shape [documents, tokens + num_new].
+    """
+    num_documents, device = len(input_ids), input_ids.device
+    ends = torch.tensor(end_ids, device=device)
+    beams = Beams.start(num_documents, num_beams, num_new, pad_id, device)
+    found = torch.full((num_documents, num_new), pad_id, device=device)
+    lengths = attention_mask.sum(-1)
+    logits, prompts, attention_mask = _read_prompts(model, input_ids, attention_mask)
+    logits = logits[:, None].expand(-1, num_beams, -1)
+    cache = Cache(layers=[BeamLayer(layer, num_beams, num_new) for layer in prompts.layers])
+    for step in range(num_new):
+        is_last = step + 1 == num_new
+        parents = beams.advance(logits.float().log_softmax(-1), step, ends, is_last)
+        open_ = beams.is_open(step + 1) & (not is_last)
+        # A document that is done cannot change any more, so its answer is taken at once.
+        done = ~open_
+        found[beams.documents[done]] = beams.finished[done, 0]
+        if not open_.any():
+            break
+        offsets = torch.arange(len(parents), device=device)[:, None] * num_beams
+        cache.reorder_cache((parents + offsets).flatten())
+        (left,) = open_.nonzero(as_tuple=True)
+        if len(left) < len(open_):
+            beams.keep(left)
+            for layer in cache.layers:
+                layer.keep(left, num_beams)
+            attention_mask, lengths = attention_mask[left], lengths[left]
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+        logits = _last_logits(
+            model,
+            beams.tokens[:, :, step].reshape(-1, 1),
+            attention_mask.repeat_interleave(num_beams, 0),
+            (lengths + step).repeat_interleave(num_beams)[:, None],
+            cache,
+        ).unflatten(0, (-1, num_beams))
+    return torch.cat([input_ids, found], 1)
+
+
+def _read_prompts(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    """Read the prompts, what they all begin with only once.
+
+    Args:
+        model: The model.
+        input_ids: Prompts, padded on the left, shape [documents, tokens].
+        attention_mask: 0 where padded, same shape.
+
+    Returns:
+        Logits behind each prompt, shape [documents, vocabulary]; the cache; and the mask that fits it: the common
+        beginning, then the padding, then the rest of each prompt.
+    """
+    prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    cache = DynamicCache(config=model.config)
+    # The last token of each prompt is kept apart, since its logits are needed.
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    if common:
+        start = torch.tensor([prompts[0][:common]], device=input_ids.device)
+        places = torch.arange(common, device=input_ids.device)[None]
+        _last_logits(model, start, torch.ones_like(start), places, cache)
+        cache.batch_repeat_interleave(len(prompts))
+    longest = max(map(len, prompts)) - common
+    rest = input_ids[:, -longest:]
+    lengths = torch.tensor([len(prompt) - common for prompt in prompts], device=input_ids.device)
+    is_rest = torch.arange(longest, device=input_ids.device) >= longest - lengths[:, None]
+    mask = torch.nn.functional.pad(is_rest.long(), (common, 0), value=1)
+    places = (mask.cumsum(-1) - 1)[:, common:]
+    return _last_logits(model, rest, mask, places, cache), cache, mask
+
+
+def _last_logits(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor, cache: Cache
+) -> torch.Tensor:
+    """Run the model over new tokens and return the logits of the last one, shape [rows, vocabulary]."""
+    logits: torch.Tensor = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    return logits

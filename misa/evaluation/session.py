@@ -1,0 +1,261 @@
+"""One evaluation from its arguments to its files: what is checked first, what is kept, what is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from misa.evaluate import EvaluateArguments
+    from misa.evaluation.folder import ModelFolder
+    from misa.evaluation.scoring import Score
+    from misa.results import Result
+
+HARNESS_FILE = "lm_eval.json"
+FINISHED_FOLDER = "finished"
+REQUESTS_FOLDER = "requests"
+BASE_FOLDER = "base"
+
+
+def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
+    """Score a model on its tasks and write `result.json` and `lm_eval.json`; with a base also `comparison.csv`.
+
+    Args:
+        arguments: What to score and how.
+        command: The command line, for the record.
+
+    Returns:
+        Path of the result file.
+
+    Raises:
+        ValueError: If a path, a task or a number is wrong; the message names it and what is allowed.
+    """
+    from misa.evaluation.folder import ModelFolder
+    from misa.evaluation.scoring import data_files
+    from misa.results import RESULT_FILE
+
+    tasks = _checked_tasks(arguments)
+    folder = ModelFolder(arguments.model_name_or_path, arguments.offline)
+    files = data_files(tasks, arguments.data_dir, arguments.offline)
+    config = _resolve(arguments, tasks, folder, files)
+    output = Path(arguments.output_dir)
+    # The base first: what is wrong with it should not show after hours of scoring.
+    base_file = _base_file(arguments, command) if arguments.base else None
+    if _is_done(output, config):
+        print(f"{output}: already evaluated with these settings, nothing to do")
+    else:
+        scores = _scores(arguments, tasks, folder, config)
+        _write(arguments, folder, config, scores, command)
+    if base_file is not None:
+        _compare(output, base_file)
+    return output / RESULT_FILE
+
+
+def _base_file(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
+    """Return the harness's results of the model to compare with, scoring it first if it is no finished evaluation."""
+    base = Path(str(arguments.base))
+    if (base / HARNESS_FILE).is_file():
+        return base / HARNESS_FILE
+    folder = Path(arguments.output_dir) / BASE_FOLDER
+    run = f"{arguments.run or Path(arguments.output_dir).resolve().name}-base"
+    evaluate(
+        replace(arguments, model_name_or_path=str(base), output_dir=str(folder), run=run, base=None, load_type=None),
+        command,
+    )
+    return folder / HARNESS_FILE
+
+
+def _compare(output: Path, base_file: Path) -> None:
+    from misa.evaluation.comparison import compare_evaluations, write_comparison
+
+    rows = compare_evaluations(output / HARNESS_FILE, base_file)
+    for row in rows:
+        print(
+            f"{row.task}/{row.metric}: {row.value:.4g} against {row.base_value:.4g}, difference {row.difference:+.4g} "
+            f"± {row.stderr:.2g}, p = {row.p_value:.3g} ({row.test}, {row.num_documents} documents)"
+        )
+    print(f"written: {write_comparison(rows, output)}")
+
+
+def _checked_tasks(arguments: EvaluateArguments) -> list[str]:
+    """Return the task names; raise for whatever argument is out of range."""
+    from misa.evaluation.scoring import expand, group_tasks
+
+    if (arguments.tasks is None) == (arguments.task_name is None):
+        raise ValueError("give either tasks or task_name (math, commonsense)")
+    if arguments.task_name is not None:
+        tasks = group_tasks(arguments.task_name, arguments.protocol)
+    else:
+        tasks = expand([name.strip() for name in str(arguments.tasks).split(",") if name.strip()])
+    _batch_size(arguments)
+    for name, lowest in (("limit", 1), ("max_length", 2), ("max_seq_length", 1), ("seed", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < lowest:
+            raise ValueError(f"{name} is {value}, allowed is {lowest} or more")
+    return tasks
+
+
+def _batch_size(arguments: EvaluateArguments) -> int | None:
+    """Return the number of documents at a time, None for auto."""
+    if arguments.batch_size == "auto":
+        return None
+    if not arguments.batch_size.isdecimal() or int(arguments.batch_size) < 1:
+        raise ValueError(f"batch_size is {arguments.batch_size}, allowed is 1 or more, or auto")
+    return int(arguments.batch_size)
+
+
+def _resolve(
+    arguments: EvaluateArguments, tasks: list[str], folder: ModelFolder, files: dict[str, list[Path]]
+) -> dict[str, Any]:
+    """Return every setting of the evaluation, with digests of what a path only names."""
+    import torch
+
+    from misa.data.records import files_digest
+    from misa.evaluation.scoring import task_digest
+
+    settings = asdict(arguments)
+    settings["device"] = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings["tasks"] = tasks
+    settings["batch_size"] = _batch_size(arguments) or "auto"
+    settings["dtype"] = folder.resolve_dtype(arguments.dtype)
+    try:
+        torch.device(settings["device"])
+    except RuntimeError as error:
+        raise ValueError(f"device is {settings['device']!r}, allowed is cpu, cuda or another of torch's") from error
+    return settings | {
+        "model_digest": folder.digest,
+        "task_digests": {task: task_digest(task) for task in tasks},
+        "data_digests": {task: files_digest(files[task]) if files[task] else "" for task in tasks},
+    }
+
+
+def _key(config: dict[str, Any], task: str, of_response: bool = False) -> str:
+    """Return a digest of all that a task's score, or a single response, depends on; paths stand for their contents."""
+    names = (
+        "model_digest",
+        *(() if of_response else ("limit",)),
+        "batch_size",
+        "max_length",
+        "max_seq_length",
+        "dtype",
+        "device",
+        "seed",
+    )
+    parts = [config.get(name) for name in names] + [config["task_digests"][task], config["data_digests"][task]]
+    # A hub id has no digest, so there the name has to do.
+    parts.append(task if config["model_digest"] else [task, config["model_name_or_path"]])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _is_done(output: Path, config: dict[str, Any]) -> bool:
+    from misa.results import RESULT_FILE, read_result
+
+    if not (output / RESULT_FILE).is_file() or not (output / HARNESS_FILE).is_file():
+        return False
+    known = read_result(output).config
+    if known.get("tasks") != config["tasks"]:
+        return False
+    return all(_key(known, task) == _key(config, task) for task in config["tasks"])
+
+
+def _scores(arguments: EvaluateArguments, tasks: list[str], folder: ModelFolder, config: dict[str, Any]) -> list[Score]:
+    """Run the tasks that are not finished yet, keeping each as soon as it is done."""
+    from misa.evaluation.scoring import Score, run_task
+    from misa.files import write_text
+
+    kept = {
+        task: Path(arguments.output_dir) / FINISHED_FOLDER / f"{task}-{_key(config, task)[:16]}.json" for task in tasks
+    }
+    model = None
+    scores = []
+    for task in tasks:
+        if kept[task].is_file():
+            print(f"{task}: finished before, taken from {kept[task]}")
+        else:
+            if model is None:
+                from misa.evaluation.model import load_model
+
+                model = load_model(
+                    folder,
+                    dtype=config["dtype"],
+                    device=config["device"],
+                    batch_size=_batch_size(arguments),
+                    max_length=arguments.max_length,
+                    max_prompt_length=arguments.max_seq_length,
+                )
+            # Responses do not depend on the limit, so a larger one goes on from those of a smaller one.
+            name = f"{task}-{_key(config, task, of_response=True)[:16]}"
+            requests = Path(arguments.output_dir) / REQUESTS_FOLDER / name
+            score = run_task(task, model, arguments.data_dir, arguments.limit, arguments.seed, requests)
+            write_text(kept[task], json.dumps(asdict(score), default=str, ensure_ascii=False))
+            if arguments.limit is None:
+                # No larger limit can want them.
+                for path in requests.parent.glob(f"{requests.name}*"):
+                    path.unlink()
+        # Read back even when it was just made, so that a resumed evaluation gives the same bytes.
+        scores.append(Score(**json.loads(kept[task].read_text(encoding="utf-8"))))
+    return scores
+
+
+def _write(
+    arguments: EvaluateArguments,
+    folder: ModelFolder,
+    config: dict[str, Any],
+    scores: list[Score],
+    command: Sequence[str],
+) -> Path:
+    """Write the harness's answer, then the result file, and print the scores."""
+    import resource
+
+    from misa.evaluation.scoring import averages, merge_harness
+    from misa.files import write_text
+    from misa.results import RESULT_FILE, Result, provenance, read_result, write_result
+
+    output = Path(arguments.output_dir)
+    trained = read_result(folder.folder.parent) if (folder.folder.parent / RESULT_FILE).is_file() else None
+    data_digest = hashlib.sha256("".join(config["data_digests"].values()).encode()).hexdigest()
+    result = Result(
+        run=arguments.run or output.resolve().name,
+        kind="evaluate",
+        method=trained.method if trained else "none",
+        model=trained.model if trained else Path(folder.base).name,
+        data=Path(arguments.data_dir).resolve().name if arguments.data_dir else "hub",
+        seed=trained.seed if trained else arguments.seed,
+        config=config
+        | {
+            "base_run": trained.run if trained else "",
+            "task_versions": {score.task: score.version for score in scores},
+            "prompt_hashes": {score.task: score.prompt_hash for score in scores},
+        },
+        provenance=provenance(command, data_digest),
+        metrics={f"{score.task}/{name}": value for score in scores for name, value in score.metrics.items()}
+        | averages(scores),
+        # Linux counts in KiB.
+        peaks={"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0},
+        timings={f"{score.task}/evaluate_s": score.evaluate_s for score in scores}
+        | {"evaluate_s": sum(score.evaluate_s for score in scores)},
+    )
+    merged = merge_harness([score.harness for score in scores])
+    write_text(output / HARNESS_FILE, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+    path = write_result(result, output)
+    for name, value in sorted(result.metrics.items()):
+        print(f"{name}: {value:.6g}")
+    print(f"written: {path}")
+    if arguments.report_to == "wandb":
+        _report(result)
+    return path
+
+
+def _report(result: Result) -> None:
+    """Send the scores to Weights & Biases, if it is installed; the files are complete without it."""
+    try:
+        import wandb
+    except ImportError:
+        print("report_to is wandb, which is not installed (pip install wandb): the scores are in the files alone")
+        return
+    with wandb.init(project="misa", name=f"evaluate-{result.run}", config=result.config) as run:
+        run.log(result.metrics)

@@ -1,0 +1,103 @@
+"""Beam search in batches gives the answers of `transformers` one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from misa.evaluation.beams import GROUPED_ATTENTION, beam_search, has_plain_cache
+
+PAD, END, VOCAB_SIZE = 0, 3, 12
+
+
+@pytest.fixture(scope="module", params=[(2, 0.4), (4, 0.1)], ids=["grouped heads", "plain heads"])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    """A random model of few tokens, with weights under which some texts end early and others do not."""
+    num_heads, weight_range = request.param
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=num_heads,
+        max_position_embeddings=128,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=END,
+        initializer_range=weight_range,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts(lengths: list[int], common: int = 0) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Random prompts that share their first tokens; alone, and as a batch padded on the left with its mask."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randint(4, VOCAB_SIZE, (common,), generator=generator)
+    alone = [torch.cat([start, torch.randint(4, VOCAB_SIZE, (length,), generator=generator)]) for length in lengths]
+    batch = torch.nn.utils.rnn.pad_sequence(
+        [prompt.flip(0) for prompt in alone], batch_first=True, padding_value=PAD
+    ).flip(1)
+    size = torch.tensor([len(prompt) for prompt in alone])
+    mask = (torch.arange(batch.shape[1]) >= batch.shape[1] - size[:, None]).long()
+    return alone, batch, mask
+
+
+def one_by_one(model: LlamaForCausalLM, alone: list[torch.Tensor], num_beams: int, num_new: int) -> list[list[int]]:
+    """What `generate` answers to each prompt by itself, without what follows the end token."""
+    return [
+        until_end(
+            model.generate(
+                prompt[None], num_beams=num_beams, max_new_tokens=num_new, do_sample=False, pad_token_id=PAD
+            )[0, len(prompt) :].tolist()
+        )
+        for prompt in alone
+    ]
+
+
+def until_end(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(END) + 1] if END in tokens else tokens
+
+
+@pytest.mark.parametrize("common", [0, 6])
+@pytest.mark.parametrize("num_beams", [2, 4])
+@pytest.mark.parametrize("num_new", [1, 24])
+def test_batch_gives_the_answers_of_generate(model, num_beams: int, num_new: int, common: int) -> None:
+    alone, batch, mask = prompts([3, 9, 1, 5, 5, 12, 2, 7, 4, 8, 6, 10], common)
+    expected = one_by_one(model, alone, num_beams, num_new)
+    if num_new > 1:
+        # The test means something only if some end early and leave the batch, and some do not.
+        assert len({len(answer) for answer in expected}) > 1
+        assert any(answer[-1] == END for answer in expected)
+    for implementation in ("sdpa", GROUPED_ATTENTION):
+        model.set_attn_implementation(implementation)
+        found = beam_search(model, batch, mask, num_beams=num_beams, num_new=num_new, end_ids=[END], pad_id=PAD)
+        assert found.shape == (len(alone), batch.shape[1] + num_new)
+        assert torch.equal(found[:, : batch.shape[1]], batch)
+        assert [
+            until_end(answer[batch.shape[1] :].tolist())[: len(e)] for answer, e in zip(found, expected, strict=True)
+        ] == expected
+    model.set_attn_implementation("sdpa")
+
+
+def test_several_end_tokens_all_end(model) -> None:
+    alone, batch, mask = prompts([3, 9, 1, 5])
+    ends = [END, 7, 8]
+    expected = [
+        model.generate(
+            prompt[None], num_beams=3, max_new_tokens=16, do_sample=False, pad_token_id=PAD, eos_token_id=ends
+        )[0, len(prompt) :].tolist()
+        for prompt in alone
+    ]
+    found = beam_search(model, batch, mask, num_beams=3, num_new=16, end_ids=ends, pad_id=PAD)
+    assert [answer[batch.shape[1] :].tolist()[: len(e)] for answer, e in zip(found, expected, strict=True)] == expected
+
+
+def test_model_with_windows_has_no_plain_cache(model) -> None:
+    from transformers import Gemma2Config
+
+    assert has_plain_cache(model)
+    windowed = type("Windowed", (), {"config": Gemma2Config(num_hidden_layers=2, sliding_window=4)})
+    assert not has_plain_cache(windowed)

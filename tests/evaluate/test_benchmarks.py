@@ -1,0 +1,192 @@
+"""The twelve benchmarks: found in either layout, refused with a pointer to their origin, asked in the right words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from misa.evaluation.scoring import data_files, expand, group_tasks
+from misa.evaluation.standard import STANDARD_TASKS, choice_row, files_of, local_config, number_row, task_folder
+from misa.tasks.benchmarks import BENCHMARKS, find_test, load, prompt, read_test
+from misa.tasks.hub import SOURCES
+
+RECORD = {"instruction": "What is 2 + 3?", "input": "", "output": "6", "answer": "5.0"}
+CHOICE = {
+    "instruction": "Please choose the correct answer to the question: Why: is it so?\n\n"
+    "Answer1: because. Answer2: of Answer 1 Answer3: no idea\n\nAnswer format: answer1/answer2/answer3",
+    "answer": "answer2",
+}
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["SVAMP/test.json", "dataset/SVAMP/test.json", "math/svamp_test.json", "svamp_test.json", "SVAMP/test.jsonl"],
+)
+def test_test_set_is_found_in_every_layout(tmp_path: Path, place: str) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(RECORD if path.suffix == ".jsonl" else [RECORD]))
+    assert find_test("svamp", tmp_path) == path
+    assert load("svamp", str(tmp_path), version=1.0)["test"][0] == {
+        "instruction": "What is 2 + 3?",
+        "input": "",
+        "answer": "5.0",
+    }
+
+
+def test_missing_test_set_names_places_and_origin(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"piqa/test\.json.*commonsense/piqa_test\.json.*LLM-Adapters.*dataset/piqa"):
+        find_test("piqa", tmp_path)
+
+
+def test_answers_are_read_from_lists_and_numbers_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "aqua_test.json"
+    for answer, expected in ((["C"], "C"), (7, "7"), ("B", "B")):
+        path.write_text(json.dumps([{"instruction": "?", "answer": answer}]))
+        assert read_test("aqua", tmp_path) == [{"instruction": "?", "input": "", "answer": expected}]
+    for answer in (None, ["A", "B"], {}):
+        path.write_text(json.dumps([{"instruction": "?", "answer": answer}]))
+        with pytest.raises(ValueError, match="record 1: field 'answer'"):
+            read_test("aqua", tmp_path)
+
+
+def test_prompt_is_that_of_training() -> None:
+    from misa.data.instruction import format_prompt
+
+    assert prompt({"instruction": "Why?", "input": "", "answer": "5"}) == format_prompt("Why?")
+
+
+def test_families_are_those_of_the_paper() -> None:
+    assert group_tasks("math", "paper") == ["misa_gsm8k", "misa_svamp", "misa_aqua", "misa_mawps"]
+    assert len(group_tasks("commonsense", "paper")) == 8
+    assert group_tasks("math", "harness") == ["gsm8k", "svamp", "agieval_aqua_rat", "mawps"]
+    assert expand(["misa_math", "misa_gsm8k", "arc_easy"]) == [*group_tasks("math", "paper"), "arc_easy"]
+    sizes = [benchmark.num_documents for benchmark in BENCHMARKS.values()]
+    assert sizes == [1319, 1000, 254, 238, 3270, 1838, 1954, 10042, 1267, 2376, 1172, 500]
+
+
+def test_offline_without_local_data_names_the_hub() -> None:
+    with pytest.raises(ValueError, match=r"offline.*misa_gsm8k would come from .*openai/gsm8k"):
+        data_files(["misa_gsm8k"], None, offline=True)
+    assert data_files(["misa_gsm8k", "mmlu"], None) == {"misa_gsm8k": [], "mmlu": []}
+
+
+def test_task_that_needs_the_hub_refuses_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="task mmlu reads no local folder"):
+        files_of("mmlu", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "instruction", "answer"),
+    [
+        ("gsm8k", {"question": "How many?", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}, "How many?", "1,002"),
+        ("svamp", {"Body": "He had 3", "Question": "How many? ", "Answer": "3"}, "He had 3. How many?", "3"),
+        (
+            "aqua",
+            {"question": "How much?", "options": ["A)1 gm", "B)2 gms"], "correct": "B"},
+            "How much? Answer Choices: (A) 1 gm (B) 2 gms",
+            "B",
+        ),
+        (
+            "boolq",
+            {"question": "is it so", "answer": True},
+            "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false",
+            "true",
+        ),
+        (
+            "piqa",
+            {"goal": "Sit.", "sol1": "On it.", "sol2": "Below it.", "label": 1},
+            "Please choose the correct solution to the question: Sit.\n\nSolution1: On it.\n\nSolution2: Below it.\n\n"
+            "Answer format: solution1/solution2",
+            "solution2",
+        ),
+        (
+            "siqa",
+            {"context": "He left.", "question": "Why?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
+            "Please choose the correct answer to the question: He left. Why?\n\nAnswer1: x Answer2: y Answer3: z\n\n"
+            "Answer format: answer1/answer2/answer3",
+            "answer3",
+        ),
+        (
+            "hellaswag",
+            {"activity_label": "Skiing", "ctx": "She", "endings": ["a", "b", "c", "d"], "label": "0"},
+            "Please choose the correct ending to complete the given sentence: Skiing: She\n\n"
+            "Ending1: a Ending2: b Ending3: c Ending4: d\n\nAnswer format: ending1/ending2/ending3/ending4",
+            "ending1",
+        ),
+        (
+            "winogrande",
+            {"sentence": "He met _.", "option1": "Al", "option2": "Bo", "answer": "2"},
+            "Please choose the correct answer to fill in the blank to complete the given sentence: He met _.\n\n"
+            "Option1: Al Option2: Bo\n\nAnswer format: option1/option2",
+            "option2",
+        ),
+        (
+            "openbookqa",
+            {"question_stem": "Ice is", "choices": {"text": ["hot", "cold"], "label": ["A", "B"]}, "answerKey": "B "},
+            "Please choose the correct answer to the question: Ice is\n\nAnswer1: hot Answer2: cold\n\n"
+            "Answer format: answer1/answer2",
+            "answer2",
+        ),
+    ],
+)
+def test_hub_rows_become_the_words_of_llm_adapters(dataset: str, row: dict, instruction: str, answer: str) -> None:
+    assert SOURCES[dataset].convert(row) == (instruction, answer)
+
+
+def test_only_mawps_is_on_no_hub() -> None:
+    from misa.tasks.hub import fetch_test
+
+    assert set(BENCHMARKS) - set(SOURCES) == {"mawps"}
+    with pytest.raises(ValueError, match=r"mawps is on no hub.*LLM-Adapters"):
+        fetch_test("mawps")
+
+
+def test_choices_are_taken_apart() -> None:
+    row = choice_row(CHOICE)
+    assert row["question"] == row["question_stem"] == "Why: is it so?"
+    assert row["choices"] == {"text": ["because.", "of Answer 1", "no idea"], "label": ["A", "B", "C"]}
+    assert row["answerKey"] == "B"
+    with pytest.raises(ValueError, match="no question with Answer1"):
+        choice_row(RECORD)
+
+
+def test_hub_and_back_gives_the_same_row() -> None:
+    """The words of LLM-Adapters made from a hub row hold all that the harness's task needs."""
+    row = {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+    instruction, answer = SOURCES["arc_easy"].convert(row)
+    back = choice_row({"instruction": instruction, "answer": answer})
+    assert (back["question"], back["choices"]["text"], back["answerKey"]) == ("Why?", ["x", "y"], "B")
+
+
+def test_numbers_lose_an_empty_fraction() -> None:
+    assert number_row(RECORD)["answer"] == "#### 5"
+    assert number_row(RECORD | {"answer": "0.25"})["answer"] == "#### 0.25"
+
+
+@pytest.mark.parametrize("task", STANDARD_TASKS)
+def test_files_of_the_harness_are_there(task: str) -> None:
+    assert list(task_folder(task).rglob("*.yaml"))
+
+
+def test_local_task_keeps_the_harness_prompt_and_metrics(real_data: Path) -> None:
+    config = local_config("arc_easy", str(real_data))
+    assert config["doc_to_text"] == "Question: {{question}}\nAnswer:"
+    assert [metric["metric"] for metric in config["metric_list"]] == ["acc", "acc_norm"]
+    assert "dataset_path" not in config
+    test = config["custom_dataset"](version=1.0, data_dir="elsewhere")["test"]
+    assert len(test) == 2376
+
+
+@pytest.mark.parametrize("dataset", ["gsm8k", "svamp", "mawps", "boolq", "arc_easy", "arc_challenge", "openbookqa"])
+def test_public_files_have_the_published_sizes_and_an_answer_each(real_data: Path, dataset: str) -> None:
+    from misa.tasks import answers
+
+    records = read_test(dataset, real_data)
+    assert len(records) == BENCHMARKS[dataset].num_documents
+    score = {"boolq": answers.score_truth}.get(
+        dataset, answers.score_number if BENCHMARKS[dataset].family == "math" else answers.score_label
+    )
+    assert all(score(record, [record["answer"]])["acc"] == 1.0 for record in records)
