@@ -29,8 +29,8 @@ reproduce: $(STAMP) ## Run the whole study at laptop scale (SCALE=workstation fo
 	@echo "== report:        results/report.html"
 
 test: checks ## Check format, types and workflow, then run all tests.
-	@echo "== tests (those that need a GPU or a local data folder say so and are skipped)"
-	@$(BIN)/python -m pytest --durations=10
+	@echo "== tests, a process for each core (those that need a GPU or a local data folder say so and are skipped)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=10
 	@echo "== all tests passed; measured numbers come from 'make reproduce'"
 
 checks: $(STAMP) ## Check format, types and workflow only.
