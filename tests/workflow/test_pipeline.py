@@ -114,7 +114,8 @@ def test_tables_hold_every_run(study) -> None:
 
 def test_figures_and_report_are_there(study) -> None:
     folder = study[0] / "results"
-    for name in FIGURES:
+    # The figures of full-size models are a target of their own at this scale (`memory_grid.in_all`).
+    for name in (name for name in FIGURES if not name.startswith("memory_")):
         assert (folder / "tiny" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / "tiny" / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     report = (folder / "report.html").read_text()
