@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from misa.optimizer.settings import Settings
 
 CHUNK_NUMEL = {"cpu": 1 << 18}  # gradients widened at a time: 1 MiB of fp32 stays in a core's cache
-ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 OTHER_CHUNK_NUMEL = 1 << 24  # on an accelerator: few kernel launches
+ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}  # torch's defaults
 
 
 def make_inner(

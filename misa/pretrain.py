@@ -72,7 +72,7 @@ class PretrainOptions:
         default="float32",
         metadata={
             "help": "precision of the weights: bfloat16, float16, float32, or auto (bfloat16 where the processor "
-            "has it, else float32); what trains has float32 master copies in any case"
+            "has it, else float32); most methods keep float32 master copies of what trains"
         },
     )
 

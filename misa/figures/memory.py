@@ -45,13 +45,8 @@ def plot(table: pd.DataFrame) -> Figure:
         for ax, (setting, rows, methods) in zip(axes, panels, strict=True):
             wide = rows.pivot_table(index="method", columns="category", values="bytes", aggfunc="sum", fill_value=0)
             wide = wide.reindex(methods) / size
-            start = wide.iloc[:, 0] * 0
-            for category in s.in_order(s.CATEGORIES, wide.columns):
-                look = s.look(s.CATEGORIES, category)
-                bars = ax.barh(range(len(methods)), wide[category], left=start, color=look.color, height=0.7)
-                start = start + wide[category]
-                handles.setdefault(look.label, bars)
-            for y, total in enumerate(start):
+            handles |= s.stack_bars(ax, wide, height=0.7)
+            for y, total in enumerate(wide.sum(axis="columns")):
                 ax.text(total, y, f" {total:,.3g}" if total < 1000 else f" {total:,.0f}", va="center", fontsize=6.5)
             ax.set_yticks(range(len(methods)), [s.look(s.METHODS, method).label for method in methods])
             ax.invert_yaxis()

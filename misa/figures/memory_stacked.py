@@ -46,13 +46,8 @@ def plot(table: pd.DataFrame) -> Figure:
             own = rows[rows["seq_len"] == length]
             wide = own.pivot_table(index="variant", columns="category", values="bytes", aggfunc="sum", fill_value=0)
             wide = wide.reindex(list(variants), fill_value=0) / 2**30
-            start = wide.iloc[:, 0] * 0
-            for category in s.in_order(s.CATEGORIES, wide.columns):
-                look = s.look(s.CATEGORIES, category)
-                bars = ax.barh(range(len(wide)), wide[category], left=start, color=look.color, height=0.75)
-                start = start + wide[category]
-                handles.setdefault(look.label, bars)
-            for y, total in enumerate(start):
+            handles |= s.stack_bars(ax, wide, height=0.75)
+            for y, total in enumerate(wide.sum(axis="columns")):
                 ax.text(total, y, f" {total:.1f}", va="center", fontsize=6)
             ax.axvline(CARD_GIB, color="#777777", linewidth=0.8, linestyle=(0, (1, 1)))
             ax.set_yticks(range(len(labels)), labels)

@@ -163,6 +163,26 @@ def in_order(kind: dict[str, Look], names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
+def stack_bars(ax: Any, wide: Any, height: float) -> dict[str, Any]:
+    """Draw a horizontal stacked bar for each row, the first one at 0.
+
+    Args:
+        ax: Axes.
+        wide: A pandas data frame with a column for each category of `CATEGORIES`.
+        height: Of a bar, in rows.
+
+    Returns:
+        What the legend shows: label of each category -> its bars.
+    """
+    handles = {}
+    start = 0 * wide.iloc[:, 0]
+    for category in in_order(CATEGORIES, wide.columns):
+        shown = look(CATEGORIES, category)
+        handles[shown.label] = ax.barh(range(len(wide)), wide[category], left=start, color=shown.color, height=height)
+        start = start + wide[category]
+    return handles
+
+
 def snapshot_label(name: object, step: float) -> str:
     """Name of a snapshot with its step, unless the name says it (`checkpoint-50`) or nobody knows it (negative)."""
     text = str(name)

@@ -21,12 +21,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from misa.memory.reachable import reachable_tensors
 
 WEIGHTS = "weights"
 GRADIENTS = "gradients"
@@ -370,42 +371,3 @@ class MemoryTracker(TorchDispatchMode):
             for tensor in reachable_tensors(optimizer):
                 if id(tensor) not in weights:
                     self._count(tensor, OPTIMIZER)
-
-
-_NOT_ENTERED = (
-    *(str, bytes, int, float, complex, bool, type(None), type),
-    *(torch.dtype, torch.device, torch.Generator, torch.nn.Module),
-    *(FunctionType, MethodType, BuiltinFunctionType, ModuleType, partial, weakref.ref),
-)
-
-
-def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors that `root` holds: in containers and in attributes of plain objects, to any depth.
-
-    Models, functions and modules are not entered, so that an optimizer that knows its model does not claim what only
-    the model holds. Gradients (`tensor.grad`) are not yielded.
-
-    Args:
-        root: Usually an optimizer.
-
-    Yields:
-        Each tensor once, in no particular order.
-    """
-    seen: dict[int, object] = {}  # holding the objects keeps their ids from being given to others meanwhile
-    stack: list[object] = [root]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, _NOT_ENTERED) or id(item) in seen:
-            continue
-        seen[id(item)] = item
-        if isinstance(item, torch.Tensor):
-            yield item
-        elif isinstance(item, dict):
-            stack.extend(item.keys())
-            stack.extend(item.values())
-        elif isinstance(item, (list, tuple, set, frozenset)):
-            stack.extend(item)
-        else:
-            stack.extend(getattr(item, "__dict__", {}).values())
-            slots = (name for kind in type(item).__mro__ for name in getattr(kind, "__slots__", ()))
-            stack.extend(getattr(item, name) for name in slots if hasattr(item, name))

@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from misa.memory.tracker import CATEGORIES, MemoryTracker, reachable_tensors
+from misa.memory.reachable import reachable_tensors
+from misa.memory.tracker import CATEGORIES, MemoryTracker
 
 FLOAT = 4
 

@@ -1,15 +1,13 @@
 """Rounds, what is on and what is off, and the steps in between."""
 
 import random
-import warnings
 
 import numpy
 import pytest
 import torch
-from tiny import backward, batch, llama, moved, train, weights
-from torch import nn
+from tiny import backward, batch, llama, moved, names_on, train, weights
 
-from misa.optimizer import LISA, MISA, BAdam, BlockCoordinateOptimizer, Settings
+from misa.optimizer import LISA, MISA, BAdam
 
 PRESETS = [
     (MISA, {"budget": 0.2, "interval": 3}),
@@ -19,11 +17,6 @@ PRESETS = [
     (LISA, {"interval": 3, "num_blocks": 1}),
 ]
 IDS = ["misa", "paper", "official", "badam", "lisa"]
-
-
-def names_on(optimizer):
-    """Names of the parameters in the active blocks."""
-    return {n for b in optimizer.blocks if b.name in optimizer.active for n, _ in b.params}
 
 
 # ---- rounds --------------------------------------------------------------------------------------------------------
@@ -381,167 +374,3 @@ def test_probe_changes_neither_weights_nor_draws_of_inactive_blocks():
         before, on = weights(model), names_on(optimizer)
         train(model, optimizer, 1, first=i)
         assert moved(before, model) == on
-
-
-# ---- settings ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"budget": 0.0}, "budget=0.0"),
-        ({"budget": 1.5}, "budget=1.5"),
-        ({"interval": 0}, "interval=0"),
-        ({"interval": 2.5}, "interval=2.5"),
-        ({"eta": -1.0}, "eta=-1.0"),
-        ({"eta": "big"}, "eta='big'"),
-        ({"beta": 1.0}, "beta=1.0"),
-        ({"variant": "mine"}, "variant='mine'"),
-        ({"granularity": "module"}, "granularity='module'"),
-        ({"order": "random"}, "order='random'"),
-        ({"state_policy": "lose"}, "state_policy='lose'"),
-        ({"state_format": "fp8"}, "state_format='fp8'"),
-        ({"state_format": "inner"}, "state_format='inner'"),
-        ({"residual": "gpu"}, "residual='gpu'"),
-        ({"always_on": ("heads",)}, "'heads'"),
-        ({"sample_last": -1}, "sample_last=-1"),
-        ({"probe_every": -1}, "probe_every=-1"),
-        ({"probe_every": 1, "step_in_backward": True}, "probe_every"),
-        ({"effective_share": 0.0}, "effective_share=0.0"),
-        ({"lr": -1.0}, "lr=-1.0"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0"),
-        ({"betas": (0.9, 1.0)}, "betas="),
-        ({"inner": torch.optim.SGD, "state_format": "bf16"}, "state_format='bf16'"),
-        ({"num_block": 3}, "unknown option num_block"),
-    ],
-)
-def test_setting_out_of_range_raises_naming_field_and_value(options, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        MISA(llama(1), **options)
-
-
-def test_both_or_neither_of_budget_and_num_blocks_raises():
-    with pytest.raises(ValueError, match="exactly one"):
-        Settings()
-    with pytest.raises(ValueError, match="exactly one"):
-        Settings(budget=0.1, num_blocks=1)
-
-
-def test_budget_that_no_block_fits_raises_with_the_smallest_that_works():
-    with pytest.raises(ValueError, match=r"budget=0\.001: no block fits") as caught:
-        MISA(llama(), budget=0.001)
-    least = float(str(caught.value).rpartition(" ")[2])
-    with pytest.warns(UserWarning, match="would admit all") as named:
-        assert MISA(llama(), budget=least).active
-    enough = float(str(named[0].message).partition("; budget=")[2].partition(" ")[0])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        MISA(llama(), budget=enough)
-    with pytest.raises(ValueError, match="no block fits"):
-        MISA(llama(), budget=least * 0.99)
-
-
-def test_blocks_that_never_fit_are_named():
-    with pytest.warns(UserWarning, match=r"will never be trained.*gate_proj.*would admit all"):
-        optimizer = MISA(llama(), budget=0.035)
-    assert optimizer.active
-
-
-def test_budget_is_a_share_of_what_the_caller_left_trainable():
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"]))
-    optimizer = MISA(model, budget=0.25)
-    adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    assert 0 < optimizer.active_numel <= adapters / 4
-
-
-# ---- kinds of models -----------------------------------------------------------------------------------------------
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32))
-
-
-def phi3():
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    config = Phi3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
-    )
-    return Phi3ForCausalLM(config)
-
-
-def qwen3_moe():
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config)
-
-
-def tied():
-    return llama(tie_word_embeddings=True)
-
-
-def peft_llama():
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("make", [gpt2, phi3, qwen3_moe, tied, peft_llama])
-def test_kind_of_model_trains_what_is_on_and_nothing_else(make, dtype):
-    torch.manual_seed(0)
-    model = make().to(dtype)
-    optimizer = MISA(model, budget=0.3, interval=2, lr=1e-2)
-    start, ever = weights(model), set()
-    for i in range(8):
-        before, on = weights(model), names_on(optimizer)
-        ever |= on
-        train(model, optimizer, 1, first=i)
-        assert moved(before, model) == on
-    assert moved(start, model) == ever
-
-
-def test_tied_head_that_is_always_on_trains_once_and_stays_tied():
-    model = tied()
-    optimizer = LISA(model, num_blocks=1, interval=2)
-    before = weights(model)
-    train(model, optimizer, 3)
-    assert "model.embed_tokens.weight" in moved(before, model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_integer_parameters_are_left_alone():
-    model = llama()
-    model.model.layers[0].extra = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-    optimizer = MISA(model, budget=0.3, interval=1)
-    train(model, optimizer, 3)
-    optimizer.release()
-    assert not model.model.layers[0].extra.requires_grad
-
-
-def test_frozen_by_the_user_stays_frozen():
-    model = llama()
-    for p in model.model.layers[0].parameters():
-        p.requires_grad_(False)
-    optimizer = MISA(model, budget=0.3, interval=1)
-    before = weights(model)
-    train(model, optimizer, 6)
-    assert not any("layers.0." in n for n in moved(before, model))
-    optimizer.release()
-    assert not any(p.requires_grad for p in model.model.layers[0].parameters())
-
-
-def test_all_order_trains_every_block_always():
-    model = llama()
-    optimizer = BlockCoordinateOptimizer(model, Settings(order="all", interval=2), lr=1e-3)
-    assert len(optimizer.active) == 21
-    train(model, optimizer, 3)
-    assert len(optimizer.active) == 21

@@ -50,3 +50,8 @@ def moved(before, model):
 def same(first, second):
     """Whether two models have bitwise equal weights."""
     return all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def names_on(optimizer):
+    """Names of the parameters in the active blocks."""
+    return {n for b in optimizer.blocks if b.name in optimizer.active for n, _ in b.params}
