@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections import defaultdict
@@ -297,12 +298,14 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     def _measured(self) -> tuple[Tensor, Tensor]:
         """The round's mean of what is scored, for every block, and which blocks were measured."""
         rule = self.settings.score
-        measured = torch.full((len(self.blocks),), float("nan"), dtype=torch.float64)
+        values = [math.nan] * len(self.blocks)
         if num_good := int(self._on.norms.num_good):
             num_steps = self.settings.interval if rule.per_interval else num_good
-            measured[list(self._active)] = torch.tensor(self._on.norms.read(), dtype=torch.float64) / num_steps
+            for i, total in zip(self._active, self._on.norms.read(), strict=True):
+                values[i] = total / num_steps
         for i, square in self._probe.squares(self._on.unscale).items():
-            measured[i] = square if rule.squared else square**0.5
+            values[i] = square if rule.squared else square**0.5
+        measured = torch.tensor(values, dtype=torch.float64)
         if rule.per_parameter:
             measured /= self._numels
         seen = torch.isfinite(measured)

@@ -74,12 +74,9 @@ def read(scores: Tensor, counts: Tensor, rule: ScoreRule) -> Tensor:
     value = scores if rule.squared else scores**2
     if rule.correction != "exact":
         return value
-    seen = counts > 0
-    if not bool(seen.any()):
-        return torch.zeros_like(value)
-    correction = 1 - rule.beta ** counts.clamp(min=1).to(value.dtype)
+    correction = 1 - rule.beta**counts  # 0 where nothing was measured, so there the quotient is no number
     value = value / (correction if rule.squared else correction**2)
-    return torch.where(seen, value, value[seen].mean())
+    return value.nan_to_num(nan=float(value.nanmean().nan_to_num()))
 
 
 def log_probabilities(scores: Tensor, eta: float, clip: float | None = None) -> Tensor:

@@ -50,6 +50,7 @@ class BlockSampler:
         self.first_pass = first_pass
         self.sample_last = sample_last
         self._numels = tuple(numels)
+        self._smallest = min(numels, default=0)
         self._max_numel = sum(numels) if max_numel is None or order == "all" else max_numel
         self._num_blocks = len(self._numels) if num_blocks is None or order == "all" else num_blocks
         self._generator = torch.Generator().manual_seed(seed)
@@ -86,7 +87,7 @@ class BlockSampler:
         taken = dict.fromkeys(chosen)
         used = sum(self._numels[i] for i in taken)
         for i in ranking:
-            if len(taken) == self._num_blocks:
+            if len(taken) == self._num_blocks or used + self._smallest > self._max_numel:
                 break
             if i not in taken and used + self._numels[i] <= self._max_numel:
                 taken[i] = None

@@ -49,7 +49,7 @@ class Settings:
             and `"bf16"`, moments of that type, no master and stochastic rounding; `"inner"`, no master, the inner
             optimizer works on the weights as they are.
         residual: What becomes of the part of a master copy that the weight cannot hold: `"cpu"` keeps it in main
-            memory, 2 bytes a parameter ever used, so that short intervals lose no update; `"drop"` forgets it.
+            memory, 2 bytes a parameter ever used, so that switches lose no update; `"drop"` forgets it.
         step_in_backward: Apply and free each gradient as soon as it is ready. Needs one backward pass a step and no
             clipping, which would find no gradients and do nothing.
         inner: Class or factory of the inner optimizer, called with parameter groups and `inner_kwargs`; None is AdamW.

@@ -58,12 +58,28 @@ def test_master_made_again_is_the_one_dropped(dtype):
     optimizer.zero_grad()
     master = entry.master.clone()
     entry.drop_state(keep_residual=True)
-    assert entry.residual.dtype == torch.bfloat16
+    assert entry.residual.element_size() == 2
     entry.make_master()
     assert torch.equal(entry.master.to(dtype), entry.param)
     spacing = (entry.master - entry.param.float()).abs().max()
     assert (entry.master - master).abs().max() <= spacing / 128
     assert (entry.master != entry.param.float()).float().mean() > 0.9
+    if dtype == torch.bfloat16:
+        assert torch.equal(entry.master, master)
+
+
+def test_residual_of_bf16_gives_the_master_back_bit_for_bit_but_between_two_weights():
+    """All lower halves of the bits beside upper ones of every kind: signs, zeros, denormal, largest, infinite."""
+    upper = torch.tensor([0x0000, 0x8000, 0x0001, 0x3F80, 0x3F81, 0xBF80, 0x7F7F, 0xFF7F], dtype=torch.int32)
+    master = ((upper[:, None] << 16) + torch.arange(2**16, dtype=torch.int32)).view(torch.float32)
+    weight = master.bfloat16()
+    between = master.view(torch.int32).to(torch.int16) == -(2**15)
+    expected = torch.where(between, weight.float(), master)
+    residual = inner.cut_residual(master.clone(), weight)
+    assert torch.equal(inner.make_master(weight, residual, edited=False), expected)
+    assert between.sum() == len(upper)
+    again = inner.make_master(weight, residual, edited=True)
+    assert torch.equal(again[weight != 0], expected[weight != 0])
 
 
 def test_residual_of_an_edited_weight_is_forgotten():
