@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from misa.evaluation.beams import GROUPED_ATTENTION
+    from misa.evaluation.beams import SHARED_ATTENTION
     from misa.evaluation.folder import ModelFolder
     from misa.evaluation.model import load_model
     from misa.tasks.benchmarks import prompt, read_test
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if single != answer:
                 num_different += 1
                 different.append({"single": single, "batch": answer})
-        model.model.set_attn_implementation(GROUPED_ATTENTION)
+        model.model.set_attn_implementation(SHARED_ATTENTION)
     return {
         "model": Path(options.model_name_or_path).name,
         "dataset": options.dataset,

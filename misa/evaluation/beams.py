@@ -1,8 +1,8 @@
 """Beam search in batches that gives the answers of `transformers` one by one, in a fraction of its time.
 
 Four things save the time: a prompt is read once and not once for each beam, and what all prompts begin with once for
-all; a document that is finished leaves the batch; beams that change places move only what they generated; and grouped
-attention copies no keys and values.
+all; the beams of a document, and grouped query heads, attend together to its keys and values, which are held once;
+beams that change places move only what they generated; and documents that are finished leave the batch.
 """
 
 from __future__ import annotations
@@ -17,101 +17,123 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-GROUPED_ATTENTION = "misa_grouped"
+SHARED_ATTENTION = "misa_shared"
 
 # Score of a beam that is none.
 WORTHLESS = -1e9
 
+# Finished documents leave when they are this share of the batch: what stays has to be copied.
+LEAVING_SHARE = 0.125
 
-def grouped_attention(
+
+def shared_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention that does not repeat keys and values for grouped query heads.
+    """Scaled dot-product attention in which beams and grouped query heads share keys and values.
 
-    With one new token, the query heads that share a key head are queries of one attention. So nothing needs to be
-    copied; `transformers` repeats keys and values of the whole context as soon as there is padding.
+    With one new token, the query heads that share a key head are queries of one attention, and so are the beams of a
+    document: each is masked from what the others generated. So nothing is held or copied for each beam or head;
+    `transformers` repeats keys and values of the whole context as soon as there is padding.
 
     Args:
         module: The attention layer.
-        query: Shape [rows, query heads, new tokens, size].
-        key: Shape [rows, key heads, tokens, size].
+        query: Shape [documents * beams, query heads, new tokens, size].
+        key: Shape [documents, key heads, tokens, size].
         value: Like `key`.
-        attention_mask: Shape [rows, 1, new tokens, tokens], or None.
+        attention_mask: Shape [documents, 1, beams, tokens] with one new token, or None.
         **kwargs: What else `transformers` passes on, such as `scaling`.
 
     Returns:
-        Shape [rows, new tokens, query heads, size], and None in place of attention weights.
+        Shape [documents * beams, new tokens, query heads, size], and None in place of attention weights.
     """
     rows, heads, num_new, size = query.shape
-    if num_new != 1 or heads == key.shape[1] or kwargs.get("dropout"):
+    num_documents, num_groups = key.shape[:2]
+    if num_new != 1 or kwargs.get("dropout"):
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output
-    together = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    beams, grouped = rows // num_documents, heads // num_groups
+    together = query.view(num_documents, beams, num_groups, grouped, size).transpose(1, 2).flatten(2, 3)
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, :, :, None].expand(-1, -1, -1, grouped, -1).flatten(2, 3)
     attended = torch.nn.functional.scaled_dot_product_attention(
         together, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
     )
-    return attended.reshape(rows, 1, heads, size), None
+    return attended.unflatten(2, (beams, grouped)).transpose(1, 2).reshape(rows, 1, heads, size), None
 
 
-AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
-AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)
+AttentionInterface.register(SHARED_ATTENTION, shared_attention)
+AttentionMaskInterface.register(SHARED_ATTENTION, sdpa_mask)
 
 
 class BeamLayer(DynamicLayer):
-    """Keys and values of one layer while beams are searched, in one buffer that is never grown or copied as a whole.
+    """Keys and values of one layer while beams are searched, in one buffer that is never grown.
 
-    The beams of a document share its prompt and change places among themselves only, so a change of places moves
-    nothing but the generated tokens, of the rows that really change.
+    A document holds its prompt once, and behind it, for each generated place, the tokens of all its beams. Beams
+    change places within their document only, so a change moves nothing but generated tokens, of the beams that move.
 
     Args:
         prompt: The layer after reading the prompts, one row for each document.
-        num_beams: Rows of the buffer for each document.
+        num_beams: Beams of each document.
         num_new: Tokens that may be generated.
     """
 
     def __init__(self, prompt: DynamicLayer, num_beams: int, num_new: int) -> None:
         super().__init__()
-        self.prompt_length = self.length = prompt.get_seq_length()
+        self.prompt_length, self.num_beams, self.num_generated = prompt.get_seq_length(), num_beams, 0
         self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
-        self.keys, self.values = (self._buffer(tensor, num_beams, num_new) for tensor in (prompt.keys, prompt.values))
+        self.keys, self.values = (self._buffer(tensor, num_beams * num_new) for tensor in (prompt.keys, prompt.values))
 
-    def _buffer(self, prompt: torch.Tensor, num_beams: int, num_new: int) -> torch.Tensor:
-        rows, heads, length, size = prompt.shape
-        buffer = prompt.new_empty(rows, num_beams, heads, length + num_new, size)
-        buffer[..., :length, :] = prompt[:, None]
-        return buffer.flatten(0, 1)
+    def _buffer(self, prompt: torch.Tensor, num_slots: int) -> torch.Tensor:
+        documents, heads, length, size = prompt.shape
+        buffer = prompt.new_empty(documents, heads, length + num_slots, size)
+        buffer[:, :, :length] = prompt
+        return buffer
+
+    @property
+    def _end(self) -> int:
+        return self.prompt_length + self.num_generated * self.num_beams
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens behind the old ones; return all of them as views, [rows, heads, tokens, size]."""
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        """Write one new token of each beam behind the old ones; return views of all, [documents, heads, tokens, size].
+
+        Args:
+            key_states: Shape [documents * beams, heads, 1, size].
+            value_states: Like `key_states`.
+        """
+        start = self._end
+        self.num_generated += 1
+        for buffer, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer[:, :, start : self._end] = new.unflatten(0, (-1, self.num_beams)).squeeze(3).transpose(1, 2)
+        return self.keys[:, :, : self._end], self.values[:, :, : self._end]
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens held for each row."""
-        return self.length
+        """Return the number of tokens of each beam."""
+        return self.prompt_length + self.num_generated
 
-    def keep(self, documents: torch.Tensor, num_beams: int) -> None:
+    def keep(self, documents: torch.Tensor) -> None:
         """Drop all documents but those with the given indices."""
-        rows = (documents[:, None] * num_beams + torch.arange(num_beams, device=documents.device)).flatten()
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values = self.keys[documents], self.values[documents]
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Give row i the generated tokens of row `beam_idx[i]`, a beam of the same document."""
-        (moved,) = (beam_idx != torch.arange(len(beam_idx), device=beam_idx.device)).nonzero(as_tuple=True)
-        tail = slice(self.prompt_length, self.length)
-        for tensor in (self.keys, self.values):
-            # Indexing on the right makes a copy, so rows may change places.
-            tensor[moved, :, tail] = tensor[beam_idx[moved], :, tail]
+    def move(self, parents: torch.Tensor) -> None:
+        """Give each beam the generated tokens of its parent, another beam of the document, [documents, beams]."""
+        documents, beams = (parents != torch.arange(self.num_beams, device=parents.device)).nonzero(as_tuple=True)
+        parents = parents[documents, beams]
+        for buffer in (self.keys, self.values):
+            generated = buffer[:, :, self.prompt_length : self._end].unflatten(2, (-1, self.num_beams))
+            # Indexing on the right makes a copy, so beams may change places.
+            generated[documents, :, :, beams] = generated[documents, :, :, parents]
 
 
-def has_plain_cache(model: Any) -> bool:
-    """Say whether every layer of a model keeps all keys and values, without windows or states of another kind."""
+def can_search(model: Any) -> bool:
+    """Say whether `beam_search` serves a model.
+
+    It needs the attention above, and keys and values of all tokens in every layer, without windows or other states.
+    """
     layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    is_plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return is_plain and bool(model.config._attn_implementation == SHARED_ATTENTION)
 
 
 @dataclass
@@ -204,7 +226,7 @@ def beam_search(
     `num_beams` finished ones.
 
     Args:
-        model: A transformers causal LM, or a PEFT model over one, for which `has_plain_cache` holds.
+        model: A transformers causal LM, or a PEFT model over one, for which `can_search` holds.
         input_ids: Prompts, padded on the left, shape [documents, tokens].
         attention_mask: 0 where padded, same shape.
         num_beams: Beams for each document.
@@ -222,29 +244,33 @@ def beam_search(
     lengths = attention_mask.sum(-1)
     logits, prompts, attention_mask = _read_prompts(model, input_ids, attention_mask)
     logits = logits[:, None].expand(-1, num_beams, -1)
-    cache = Cache(layers=[BeamLayer(layer, num_beams, num_new) for layer in prompts.layers])
+    layers = [BeamLayer(layer, num_beams, num_new) for layer in prompts.layers]
+    cache = Cache(layers=layers)
+    # A beam sees its document's prompt and what it generated itself.
+    own = torch.eye(num_beams, dtype=torch.bool, device=device).repeat(1, num_new)
+    visible = torch.cat(
+        [part.expand(num_documents, num_beams, -1) for part in (attention_mask[:, None].bool(), own)], 2
+    )
     for step in range(num_new):
         is_last = step + 1 == num_new
         parents = beams.advance(logits.float().log_softmax(-1), step, ends, is_last)
-        open_ = beams.is_open(step + 1) & (not is_last)
         # A document that is done cannot change any more, so its answer is taken at once.
-        done = ~open_
+        done = ~beams.is_open(step + 1) | is_last
         found[beams.documents[done]] = beams.finished[done, 0]
-        if not open_.any():
+        if done.all():
             break
-        offsets = torch.arange(len(parents), device=device)[:, None] * num_beams
-        cache.reorder_cache((parents + offsets).flatten())
-        (left,) = open_.nonzero(as_tuple=True)
-        if len(left) < len(open_):
+        for layer in layers:
+            layer.move(parents)
+        if done.sum() >= LEAVING_SHARE * len(done):
+            (left,) = (~done).nonzero(as_tuple=True)
             beams.keep(left)
-            for layer in cache.layers:
-                layer.keep(left, num_beams)
-            attention_mask, lengths = attention_mask[left], lengths[left]
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+            for layer in layers:
+                layer.keep(left)
+            visible, lengths = visible[left], lengths[left]
         logits = _last_logits(
             model,
             beams.tokens[:, :, step].reshape(-1, 1),
-            attention_mask.repeat_interleave(num_beams, 0),
+            visible[:, None, :, : layers[0].prompt_length + (step + 1) * num_beams],
             (lengths + step).repeat_interleave(num_beams)[:, None],
             cache,
         ).unflatten(0, (-1, num_beams))

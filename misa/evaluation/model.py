@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from misa.evaluation.beams import GROUPED_ATTENTION, beam_search, has_plain_cache
+from misa.evaluation.beams import SHARED_ATTENTION, beam_search, can_search
 from misa.evaluation.folder import ModelFolder
 
 # Documents scored between two entries in the request cache.
@@ -102,7 +102,7 @@ class Model(HFLM):
         num_beams = generation_kwargs.get("num_beams", 1)
         if num_beams == 1 or generation_kwargs.get("do_sample"):
             return super()._model_generate(context, max_length, stop, **generation_kwargs)
-        if not has_plain_cache(self.model):
+        if not can_search(self.model):
             # The harness's stopping rules count documents, not beams; the text is cut at the stop words afterwards.
             return super()._model_generate(context, max_length, [], **generation_kwargs)
         ends = self.model.generation_config.eos_token_id
@@ -162,8 +162,8 @@ def load_model(
     if folder.is_gguf:
         source, of_file = str(Path(source).parent), {"gguf_file": Path(source).name}
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **of_file)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(GROUPED_ATTENTION)
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(SHARED_ATTENTION)
     if folder.is_adapter:
         from peft import PeftModel
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from misa.evaluation.beams import GROUPED_ATTENTION, beam_search, has_plain_cache
+from misa.evaluation.beams import SHARED_ATTENTION, beam_search, can_search
 
 PAD, END, VOCAB_SIZE = 0, 3, 12
 
@@ -57,6 +60,15 @@ def one_by_one(model: LlamaForCausalLM, alone: list[torch.Tensor], num_beams: in
     ]
 
 
+def search(model: LlamaForCausalLM, batch: torch.Tensor, mask: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """`beam_search`, with its attention for as long as it runs."""
+    model.set_attn_implementation(SHARED_ATTENTION)
+    try:
+        return beam_search(model, batch, mask, pad_id=PAD, **settings)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
 def until_end(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(END) + 1] if END in tokens else tokens
 
@@ -71,15 +83,12 @@ def test_batch_gives_the_answers_of_generate(model, num_beams: int, num_new: int
         # The test means something only if some end early and leave the batch, and some do not.
         assert len({len(answer) for answer in expected}) > 1
         assert any(answer[-1] == END for answer in expected)
-    for implementation in ("sdpa", GROUPED_ATTENTION):
-        model.set_attn_implementation(implementation)
-        found = beam_search(model, batch, mask, num_beams=num_beams, num_new=num_new, end_ids=[END], pad_id=PAD)
-        assert found.shape == (len(alone), batch.shape[1] + num_new)
-        assert torch.equal(found[:, : batch.shape[1]], batch)
-        assert [
-            until_end(answer[batch.shape[1] :].tolist())[: len(e)] for answer, e in zip(found, expected, strict=True)
-        ] == expected
-    model.set_attn_implementation("sdpa")
+    found = search(model, batch, mask, num_beams=num_beams, num_new=num_new, end_ids=[END])
+    assert found.shape == (len(alone), batch.shape[1] + num_new)
+    assert torch.equal(found[:, : batch.shape[1]], batch)
+    assert [
+        until_end(answer[batch.shape[1] :].tolist())[: len(e)] for answer, e in zip(found, expected, strict=True)
+    ] == expected
 
 
 def test_several_end_tokens_all_end(model) -> None:
@@ -91,13 +100,15 @@ def test_several_end_tokens_all_end(model) -> None:
         )[0, len(prompt) :].tolist()
         for prompt in alone
     ]
-    found = beam_search(model, batch, mask, num_beams=3, num_new=16, end_ids=ends, pad_id=PAD)
+    found = search(model, batch, mask, num_beams=3, num_new=16, end_ids=ends)
     assert [answer[batch.shape[1] :].tolist()[: len(e)] for answer, e in zip(found, expected, strict=True)] == expected
 
 
-def test_model_with_windows_has_no_plain_cache(model) -> None:
+def test_models_with_windows_or_another_attention_are_not_searched(model) -> None:
     from transformers import Gemma2Config
 
-    assert has_plain_cache(model)
-    windowed = type("Windowed", (), {"config": Gemma2Config(num_hidden_layers=2, sliding_window=4)})
-    assert not has_plain_cache(windowed)
+    assert not can_search(model)
+    plain = LlamaConfig(num_hidden_layers=2, attn_implementation=SHARED_ATTENTION)
+    windowed = Gemma2Config(num_hidden_layers=2, sliding_window=4, attn_implementation=SHARED_ATTENTION)
+    assert can_search(SimpleNamespace(config=plain))
+    assert not can_search(SimpleNamespace(config=windowed))
