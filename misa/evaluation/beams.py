@@ -241,6 +241,7 @@ def beam_search(
     ends = torch.tensor(end_ids, device=device)
     beams = Beams.start(num_documents, num_beams, num_new, pad_id, device)
     found = torch.full((num_documents, num_new), pad_id, device=device)
+    done = torch.zeros(num_documents, dtype=torch.bool, device=device)
     lengths = attention_mask.sum(-1)
     logits, prompts, attention_mask = _read_prompts(model, input_ids, attention_mask)
     logits = logits[:, None].expand(-1, num_beams, -1)
@@ -254,9 +255,10 @@ def beam_search(
     for step in range(num_new):
         is_last = step + 1 == num_new
         parents = beams.advance(logits.float().log_softmax(-1), step, ends, is_last)
-        # A document that is done cannot change any more, so its answer is taken at once.
-        done = ~beams.is_open(step + 1) | is_last
-        found[beams.documents[done]] = beams.finished[done, 0]
+        # The answer is taken the moment the rule says that a document is done: a later text might still beat it.
+        ending = ~done & (~beams.is_open(step + 1) | is_last)
+        found[beams.documents[ending]] = beams.finished[ending, 0]
+        done = done | ending
         if done.all():
             break
         for layer in layers:
@@ -266,7 +268,7 @@ def beam_search(
             beams.keep(left)
             for layer in layers:
                 layer.keep(left)
-            visible, lengths = visible[left], lengths[left]
+            visible, lengths, done = visible[left], lengths[left], done[left]
         logits = _last_logits(
             model,
             beams.tokens[:, :, step].reshape(-1, 1),

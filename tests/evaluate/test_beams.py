@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from misa.evaluation import beams
 from misa.evaluation.beams import SHARED_ATTENTION, beam_search, can_search
 
 PAD, END, VOCAB_SIZE = 0, 3, 12
 
 
-@pytest.fixture(scope="module", params=[(2, 0.4), (4, 0.1)], ids=["grouped heads", "plain heads"])
+@pytest.fixture(scope="module", params=[(2, 0.3, 3), (4, 0.6, 2)], ids=["grouped heads", "plain heads"])
 def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
     """A random model of few tokens, with weights under which some texts end early and others do not."""
-    num_heads, weight_range = request.param
-    torch.manual_seed(0)
+    num_heads, weight_range, seed = request.param
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -75,8 +76,11 @@ def until_end(tokens: list[int]) -> list[int]:
 
 @pytest.mark.parametrize("common", [0, 6])
 @pytest.mark.parametrize("num_beams", [2, 4])
-@pytest.mark.parametrize("num_new", [1, 24])
-def test_batch_gives_the_answers_of_generate(model, num_beams: int, num_new: int, common: int) -> None:
+@pytest.mark.parametrize(("num_new", "leaving"), [(1, 0.125), (24, 0.125), (24, 1.0)])
+def test_batch_gives_the_answers_of_generate(
+    model, monkeypatch: pytest.MonkeyPatch, num_beams: int, num_new: int, leaving: float, common: int
+) -> None:
+    monkeypatch.setattr(beams, "LEAVING_SHARE", leaving)
     alone, batch, mask = prompts([3, 9, 1, 5, 5, 12, 2, 7, 4, 8, 6, 10], common)
     expected = one_by_one(model, alone, num_beams, num_new)
     if num_new > 1:
