@@ -8,11 +8,16 @@ end of a round.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from misa.distributed.sharded import local_part
+
+if TYPE_CHECKING:
+    from misa.distributed.workers import Workers
 
 Number = Tensor | float
 Numbers = Tensor | list[float]
@@ -25,8 +30,10 @@ def gradient_norm(grad: Tensor) -> Number:
     """Euclidean norm of a gradient: a float where that needs no waiting (on a CPU), else an fp32 scalar.
 
     On a CPU the norm of a whole tensor runs on one thread, and asking for fp32 makes a copy; so a large tensor goes row
-    by row, and bf16 stays what it is (fp16 does not, because the norm may exceed its range).
+    by row, and bf16 stays what it is (fp16 does not, because the norm may exceed its range). Of a sharded gradient it
+    is the norm of the local part.
     """
+    grad = local_part(grad)
     readable = grad.is_cpu and type(grad) is Tensor  # not a fake tensor, say
     whole = grad
     if grad.is_cpu and grad.dtype != torch.float16:
@@ -105,11 +112,12 @@ class Probe:
     Over several micro-batches the squared norms are added up.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
         self._norms: dict[int, list[Number]] = {}
         self._handles: list[Any] = []
 
-    def watch(self, block: int, params: Iterable[Tensor]) -> None:
+    def watch(self, block: int, params: Sequence[Tensor]) -> None:
         """Measure the gradients of a block from now on."""
         norms = self._norms[block] = []
 
@@ -118,7 +126,7 @@ class Probe:
                 norms.append(gradient_norm(p.grad))
                 p.grad = None
 
-        self._handles += [p.register_post_accumulate_grad_hook(reduce) for p in params]
+        self._handles += self._workers.watch(params, dict.fromkeys(params, reduce), always=True)
 
     @property
     def blocks(self) -> list[int]:
@@ -132,7 +140,7 @@ class Probe:
         squares = dict.fromkeys(of_block, 0.0)
         for i, norm in zip(of_block, values, strict=True):
             squares[i] += (norm * factor) ** 2
-        return squares
+        return dict(zip(squares, self._workers.total(list(squares.values())), strict=True))
 
     def stop(self) -> None:
         """Remove the hooks and forget what was measured."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from misa.distributed.sharded import local_part
 from misa.gradients import Number, gradient_norm
 from misa.inner import cut_residual, follow_weight, make_master
 
@@ -116,11 +117,15 @@ class Patterns:
 class Entry:
     """One parameter that can be on, and all the optimizer knows of it."""
 
-    __slots__ = ("__weakref__", "block", "group", "master", "name", "norm", "param", "residual", "saved", "version")
+    __slots__ = (
+        *("__weakref__", "block", "group", "local", "master", "name", "norm", "param", "residual", "saved"),
+        "version",
+    )
 
     def __init__(self, name: str, param: nn.Parameter, group: int, block: int) -> None:
         self.name = name
         self.param = param
+        self.local: Tensor = param  # what the step works on: the part that lies on this process
         self.group = group
         self.block = block  # index of its block, or -1 if it is always on
         self.master: Tensor | None = None  # fp32 copy, while active
@@ -132,27 +137,36 @@ class Entry:
     @property
     def target(self) -> Tensor:
         """What the inner optimizer updates: the master copy if there is one."""
-        return self.param if self.master is None else self.master
+        return self.local if self.master is None else self.master
 
     def measure(self) -> Number:
         """Norm of the gradient as it is now."""
         assert self.param.grad is not None
         return gradient_norm(self.param.grad)
 
+    def find_local(self) -> None:
+        """Look where the weight lies; a sharded one may have moved while it was off."""
+        self.local = local_part(self.param)
+
+    def take_gradient(self) -> None:
+        """Show the inner optimizer the gradient of the local part."""
+        if self.local is not self.param and self.param.grad is not None:
+            self.local.grad = local_part(self.param.grad)
+
     def make_master(self) -> None:
         """Copy the weight to fp32, with what an earlier master held beyond the weight's precision."""
-        self.master = make_master(self.param.detach(), self.residual, self.param._version != self.version)
-        self.residual, self.version = None, self.param._version
+        self.master = make_master(self.local.detach(), self.residual, self.local._version != self.version)
+        self.residual, self.version = None, self.local._version
 
     def follow_outside_edits(self) -> None:
         """Take over a weight that was edited since the last step (a merge, `load_state_dict`, an average)."""
-        if self.master is not None and self.param._version != self.version:
-            follow_weight(self.master, self.param.detach())
+        if self.master is not None and self.local._version != self.version:
+            follow_weight(self.master, self.local.detach())
 
     def drop_state(self, keep_residual: bool) -> None:
         """Free the inner state and the master copy."""
         if self.master is not None and keep_residual:
-            self.residual = cut_residual(self.master, self.param.detach())
+            self.residual = cut_residual(self.master, self.local.detach())
         self.saved = self.master = None
 
     def move_state(self, device: torch.device | str) -> None:

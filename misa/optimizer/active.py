@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa.gradients import TINY, NormSums, Number, all_finite, each
+from misa.distributed.workers import Workers
+from misa.gradients import TINY, NormSums, Number, Numbers, all_finite, each
 from misa.inner import FusedAdamW, make_inner
 from misa.optimizer.settings import Settings
 from misa.parameters import Entry, moved
@@ -30,6 +31,7 @@ class ActiveSet:
         groups: list[dict[str, Any]],
         state: dict[Any, Any],
         rounding: torch.Generator,
+        workers: Workers,
     ) -> None:
         self.entries = list(entries)
         self.norms = NormSums(blocks, settings.score.squared)
@@ -38,11 +40,13 @@ class ActiveSet:
         self._groups = groups
         self._state = state
         self._rounding = rounding
+        self._workers = workers
         self._inners: list[Any] = []
-        self._handles: list[Any] = []
-        if settings.order == "importance" or settings.step_in_backward:
-            for k, e in enumerate(self.entries):
-                self._handles.append(e.param.register_post_accumulate_grad_hook(self._hook(k, e)))
+        for e in self.entries:
+            e.find_local()
+        measures = settings.order == "importance" or settings.step_in_backward
+        then = {e.param: self._hook(k, e) for k, e in enumerate(self.entries)} if measures else {}
+        self._handles = workers.watch([e.param for e in self.entries], then)
 
     def detach(self) -> None:
         """Remove the hooks and hand the inner state back to the entries."""
@@ -69,9 +73,9 @@ class ActiveSet:
         if self._settings.step_in_backward and overflow is not None:
             raise ValueError("step_in_backward=True: cannot be driven by a GradScaler; use bf16 instead of fp16")
         blocks = [e.block for e in entries]
-        squares = self.norms.squares(blocks, [e.measure() if e.norm is None else e.norm for e in entries])
+        squares = self._squares(blocks, [e.measure() if e.norm is None else e.norm for e in entries])
         if overflow is not None and scale is None:  # the scaler has unscaled the gradients since the hooks measured
-            measured, squares = squares, self.norms.squares(blocks, [e.measure() for e in entries])
+            measured, squares = squares, self._squares(blocks, [e.measure() for e in entries])
             self.unscale = (sum(squares) / (sum(measured) + TINY)) ** 0.5
         elif scale is not None:
             factor = self.unscale = 1 / (scale.item() if isinstance(squares, list) else scale.to(squares.device))
@@ -84,6 +88,10 @@ class ActiveSet:
         for e in entries:
             e.norm = None
         return good
+
+    def _squares(self, blocks: list[int], norms: list[Number]) -> Numbers:
+        squares: Numbers = self._workers.total(self.norms.squares(blocks, norms))
+        return squares
 
     def finish(self) -> None:
         """The inner rule's last word at the end of a round, if it has one (Algorithm 1, line 16)."""
@@ -138,7 +146,7 @@ class ActiveSet:
                 for i, group in enumerate(self._groups)
                 if (targets := [e.target for e in entries if e.group == i])
             ]
-            weights: dict[Tensor, Tensor] = {e.target: e.param for e in entries if e.master is not None}
+            weights: dict[Tensor, Tensor] = {e.target: e.local for e in entries if e.master is not None}
             inner = make_inner(self._settings, groups, weights, self._rounding)
             for e in entries:
                 if e.saved is not None:
@@ -164,6 +172,7 @@ class ActiveSet:
                     group[name] = value
         for e in entries:
             e.follow_outside_edits()
+            e.take_gradient()
         # A plain torch optimizer cannot skip on the device: read the flag.
         if good is False or not (hasattr(inner, "update") or bool(good)):
             return
@@ -172,8 +181,8 @@ class ActiveSet:
             inner.update(found_inf, scale)
         else:
             for e in entries:
-                if e.master is not None and e.param.grad is not None:
-                    e.master.grad = e.param.grad.float()
+                if e.master is not None and e.local.grad is not None:
+                    e.master.grad = e.local.grad.float()
             if hasattr(inner, "update"):
                 inner.update(found_inf, scale)
             else:
@@ -182,7 +191,9 @@ class ActiveSet:
                 inner.step()
             self._narrow(entries)
         for e in entries:
-            e.version = e.param._version
+            e.version = e.local._version
+            if e.local is not e.param:
+                e.local.grad = None
         if len(self._state) < len(self.entries):
             self._show_state(inner, entries)
 
@@ -194,5 +205,5 @@ class ActiveSet:
         for e in entries:
             if e.master is not None:
                 e.master.grad = None
-                e.param.copy_(e.master)
-                e.version = e.param._version
+                e.local.copy_(e.master)
+                e.version = e.local._version

@@ -7,11 +7,14 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from misa.distributed.workers import Workers
+from misa.distributed.wrapped import unwrapped
 from misa.gradients import Probe
 from misa.integration.first_forward import FirstForward
 from misa.integration.record import RoundRecord
@@ -63,7 +66,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"betas={betas}: both must lie in [0, 1)")
         self.settings = settings
-        model = params if isinstance(params, nn.Module) else None
+        model = unwrapped(params) if isinstance(params, nn.Module) else None
         groups: list[Any] = [] if isinstance(params, nn.Module) else list(params)
         source = model or [pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])]
         if model is not None:
@@ -85,14 +88,15 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if settings.state_format in ("fp32", "bf16") and found:
             raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
         self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
-        self._record = None if settings.record is None else RoundRecord(settings.record)
         self._round = self._num_steps = self._step_in_round = 0
+        self._workers = Workers(source, settings)
+        self._record = None if settings.record is None or self._workers.rank else RoundRecord(settings.record)
         self._numels = torch.tensor([b.numel for b in self.blocks], dtype=torch.float64)
         self._scores = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._counts = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._rounding = torch.Generator().manual_seed(settings.seed)
         self._num_good: Tensor | int = 0  # steps taken
-        self._probe = Probe()
+        self._probe = Probe(self._workers)
         for p in self._owned:
             set_trainable(p, False)
         self._on = self._active_set()
@@ -167,6 +171,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._workers.settle()
         entries = self._on.with_gradient()
         if not entries:
             return loss
@@ -181,6 +186,10 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         else:
             self._start_probe_if_due()
         return loss
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Between processes: accumulate the gradients of backward passes in this context without sending them."""
+        return self._workers.no_sync()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of what is on; nothing else has any."""
@@ -222,10 +231,11 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             set_trainable(p, True)
         if self._model is not None and self._first_forward is not None and (model := self._model()) is not None:
             self._first_forward.undo(model)
+        self._workers.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy; as in torch, hooks stay behind, and so does a scheduler's wrapper of `step`."""
-        left = ("step", "_on", "_model", "_first_forward", "_probe", "found_inf", "grad_scale")
+        left = ("step", "_on", "_model", "_first_forward", "_probe", "_workers", "found_inf", "grad_scale")
         values = {k: v for k, v in self.__dict__.items() if k not in left and not k.endswith("_hooks")}
         return values | {"_packed": state.pack(self), "state": defaultdict(dict)}
 
@@ -235,7 +245,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         super().__setstate__(values)
         if packed is not None:
             self._model = self._first_forward = None
-            self._probe = Probe()
+            self._workers = Workers([(e.name, e.param) for e in self._entries.values()], self.settings, copied=True)
+            self._probe = Probe(self._workers)
             for p in self._owned:
                 set_trainable(p, False)
             self._on = self._active_set()
@@ -244,7 +255,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def _active_set(self, entries: Sequence[Entry] = (), active: tuple[int, ...] = ()) -> ActiveSet:
-        return ActiveSet(entries, active, self.settings, self.param_groups, self.state, self._rounding)
+        state, rounding = self.state, self._rounding
+        return ActiveSet(entries, active, self.settings, self.param_groups, state, rounding, self._workers)
 
     def _draw(self) -> None:
         """Draw the blocks of the next round and switch them on."""
@@ -252,7 +264,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         scores = importance.read(self._scores, self._counts, s.score)
         eta = importance.auto_eta(scores, s.effective_share) if s.eta == "auto" else float(s.eta)
         self._log_p = importance.log_probabilities(scores, eta, s.score.clip)
-        drawn = self._sampler.draw(self._log_p)
+        drawn = self._workers.draw(self._sampler, self._rounding, self._log_p)
         # A first pass over never-used blocks may end anywhere; the round after it ends at a multiple of the interval.
         since = self._num_steps % s.interval if s.first_pass else 0
         self._round_length = 1 if self._sampler.in_first_pass else s.interval - since
@@ -276,7 +288,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     def _end_round(self) -> None:
         """Finish the inner rule, update the scores, draw again, and free what went off."""
         self._on.finish()
-        measured, seen = self._measured()
+        self._workers.require_equal()
+        measured, seen = self._workers.mean(*self._measured())
         self._scores, self._counts = importance.update(self._scores, self._counts, measured, seen, self.settings.score)
         if self._record is not None:
             self._record.append(self, measured)

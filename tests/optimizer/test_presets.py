@@ -10,7 +10,7 @@ from tiny import backward, batch, llama, moved, same, train, weights
 from torch import nn
 
 from misa.optimizer import LISA, MISA, BAdam, BlockCoordinateOptimizer
-from misa.optimizer.reference import reference_misa
+from misa.reference import reference_misa
 
 # ---- the slow twin -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Several processes that train one model: gradients, draws and checks between them. Needs torch alone."""

@@ -1,0 +1,95 @@
+"""What keeps the processes of a data parallel run the same: equal weights, equal draws, and a check once a round."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A tensor's bits as whole numbers, by bytes of an element.
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def require_same_model(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Refuse to train where the processes hold different models.
+
+    Raises:
+        ValueError: If names, shapes or types of the parameters differ between processes.
+    """
+    text = repr([(name, tuple(p.shape), str(p.dtype)) for name, p in named])
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(text.encode()).hexdigest())
+    if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise ValueError(
+            f"names, shapes or types of the parameters differ between process 0 and {_listed(different)}: data "
+            "parallel training needs the same model on every process (pipeline parallel training is not supported)"
+        )
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Sequence[Tensor]) -> None:
+    """Give every process the tensors of process 0."""
+    for t in tensors:
+        whole = t.detach().contiguous()
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+        if whole.data_ptr() != t.data_ptr():
+            t.copy_(whole)
+
+
+def from_first(value: Any) -> Any:
+    """The value that process 0 has: anything that can be pickled."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mean_of_seen(measured: Tensor, seen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean over the processes that have a value, and whether any has.
+
+    Args:
+        measured: A value for each block, shape `[B]`, fp64.
+        seen: Which of them were measured here.
+        device: Where the processes exchange tensors.
+    """
+    sums = torch.stack([measured * seen, seen.double()]).to(device)
+    dist.all_reduce(sums)
+    totals, counts = sums.cpu()
+    return totals / counts.clamp(min=1), counts > 0
+
+
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
+    """A sum over the bits of each tensor, int64: equal for equal tensors, and different if one element changed."""
+    sums = [t.detach().contiguous().view(_WORDS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack([x.to(sums[0].device) for x in sums])
+
+
+def require_equal(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Stop where the weights of the processes are no longer the same.
+
+    Raises:
+        RuntimeError: On every process, naming the first weight that differs and the processes that stand alone.
+    """
+    own = fingerprints([p for _, p in named])
+    high, low = own.clone(), own.clone()
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    differ = (high != low).nonzero().flatten().tolist()
+    if not differ:
+        return
+    all_of_them: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_of_them, own[differ[0]].item())
+    usual = max(all_of_them, key=all_of_them.count)
+    alone = [rank for rank, value in enumerate(all_of_them) if value != usual]
+    raise RuntimeError(
+        f"the weights of the processes have drifted apart: {len(differ)} of {len(named)} parameters differ, first "
+        f"{named[differ[0]][0]}, on {_listed(alone)}. Something changed them outside the optimizer on some processes "
+        "only, or a gradient was used before it was reduced; start again from the last checkpoint"
+    )
+
+
+def _listed(ranks: list[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -1,0 +1,177 @@
+"""The processes that train one model together, as the optimizer sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from misa.distributed import agree
+from misa.distributed.reduce import Exchange
+from misa.distributed.sharded import Sharding, is_sharded, settle_types
+from misa.distributed.wrapped import active_wrapper, rest
+from misa.inner import BoundedAdam
+
+if TYPE_CHECKING:
+    from misa.optimizer.sampling import BlockSampler
+    from misa.optimizer.settings import Settings
+
+
+class Workers:
+    """What an optimizer asks of the other processes. Alone, it asks nothing, and every method costs nothing.
+
+    With an initialized process group of several processes (`torchrun`), training is data parallel: weights start as
+    process 0 has them, the gradients of active blocks are averaged, and all draw the same blocks. With parameters
+    sharded by `fully_shard`, FSDP2 reduces the gradients and only norms and draws are left to agree on.
+
+    Args:
+        source: The model, or its `(name, parameter)` pairs.
+        settings: The optimizer's settings.
+        copied: Whether the optimizer is a copy, whose weights are equal already.
+
+    Attributes:
+        rank: Number of this process; 0 if it is alone.
+        size: Number of processes.
+
+    Raises:
+        ValueError: If the processes hold different models, if parameters are sharded in different ways, or for settings
+            that sharded parameters do not admit.
+    """
+
+    def __init__(
+        self, source: nn.Module | Iterable[tuple[str, Tensor]], settings: Settings, *, copied: bool = False
+    ) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size() if together else 1
+        self.rank = dist.get_rank() if together else 0
+        self._named = list(source.named_parameters() if isinstance(source, nn.Module) else source)
+        self._sharding: Sharding | None = None
+        self._exchange: Exchange | None = None
+        self._wrapper: weakref.ref[nn.Module] | None = None
+        self._handle: Any = None
+        params = [p for _, p in self._named]
+        if any(is_sharded(p) for p in params):
+            _refuse_unshardable(settings)
+            self._sharding = Sharding([p for p in params if p.is_floating_point()])
+            if isinstance(source, nn.Module):
+                settle_types(source)
+        elif self.size > 1:
+            self._exchange = Exchange(params)
+            if isinstance(source, nn.Module):
+                self._handle = source.register_forward_pre_hook(self._forward_hook())
+        if self.size > 1 and not copied:
+            agree.require_same_model(self._named)
+            if self._exchange is not None:
+                buffers = source.buffers() if isinstance(source, nn.Module) else ()
+                agree.copy_from_first([*params, *buffers])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of every parameter."""
+        return self._sharding is not None
+
+    # ---- gradients -------------------------------------------------------------------------------------------------
+
+    def watch(
+        self, params: Sequence[Tensor], then: dict[Tensor, Callable[[Tensor], None]], always: bool = False
+    ) -> list[Any]:
+        """Call `then[p](p)` when the gradient of a parameter is complete, over all processes.
+
+        Args:
+            params: Parameters that train.
+            then: What to do, for those of them where something is to be done.
+            always: Also in passes that only accumulate.
+
+        Returns:
+            Handles with a method `remove`.
+        """
+        if self._exchange is None:
+            return [p.register_post_accumulate_grad_hook(call) for p, call in then.items()]
+        return list(self._exchange.watch(params, then, always))
+
+    def settle(self) -> None:
+        """Reduce gradients that were accumulated without it."""
+        if self._exchange is not None:
+            self._exchange.settle()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients of backward passes in this context without sending them."""
+        if self._exchange is None:
+            yield
+            return
+        before, self._exchange.held = self._exchange.held, True
+        try:
+            yield
+        finally:
+            self._exchange.held = before
+
+    def total(self, squares: Any) -> Any:
+        """Squared norms of whole gradients, from those of the parts that lie here."""
+        return squares if self._sharding is None else self._sharding.total(squares)
+
+    # ---- rounds ----------------------------------------------------------------------------------------------------
+
+    def draw(self, sampler: BlockSampler, rounding: torch.Generator, log_p: Tensor) -> tuple[int, ...]:
+        """The next blocks, as process 0 draws them; samplers and generators are the same afterwards."""
+        if self.size == 1:
+            return sampler.draw(log_p)
+        drawn = sampler.draw(log_p) if self.rank == 0 else ()
+        drawn, state, noise = agree.from_first((drawn, sampler.state_dict(), rounding.get_state()))
+        sampler.load_state_dict(state)
+        rounding.set_state(noise)
+        return tuple(drawn)
+
+    def mean(self, measured: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """What a round measured of every block: the mean over the processes that saw it."""
+        return (measured, seen) if self.size == 1 else agree.mean_of_seen(measured, seen, self._device)
+
+    def require_equal(self) -> None:
+        """Stop if the weights of the processes have drifted apart; sharded ones have no copy to compare with."""
+        if self._exchange is not None:
+            agree.require_equal(self._named)
+
+    def close(self) -> None:
+        """Remove the hook from the model."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self._named[0][1].device.type)
+
+    def _forward_hook(self) -> Callable[[nn.Module, Any], None]:
+        """A hook before each forward pass of the model, that does nothing once the optimizer is forgotten."""
+        owner = weakref.ref(self)
+
+        def before(module: nn.Module, _: Any) -> None:
+            own = owner()
+            if own is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                own._before_forward()
+
+        return before
+
+    def _before_forward(self) -> None:
+        """Look at the wrapper around the model: is this pass one that only accumulates?"""
+        wrapper = active_wrapper()
+        if wrapper is None or self._exchange is None:
+            return
+        if self._wrapper is None or self._wrapper() is not wrapper:
+            self._exchange.off = not rest(wrapper)
+            self._wrapper = weakref.ref(wrapper)
+        self._exchange.sync = wrapper.require_backward_grad_sync
+
+
+def _refuse_unshardable(settings: Settings) -> None:
+    """Refuse what needs a whole gradient or a whole moment, of which each process holds a part."""
+    if settings.step_in_backward:
+        raise ValueError(
+            "step_in_backward=True: not with fully_shard, where a norm is known after the backward pass only"
+        )
+    if settings.inner is BoundedAdam:
+        raise ValueError("inner=BoundedAdam (variant='paper'): not with fully_shard, its bound is over a whole moment")

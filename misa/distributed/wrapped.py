@@ -1,0 +1,71 @@
+"""A model in `DistributedDataParallel`: its reducer is put to rest, because it holds buckets for all parameters.
+
+The reducer is built for one set of trainable parameters, and blocks switch on later. What else the wrapper does (moving
+inputs, buffers, `no_sync`) goes on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# What reduces inside a wrapper: private attributes.
+_REDUCER = ("reducer", "logger")
+
+
+class _AtRest:
+    """Stands in the place of a reducer and its logger, and does nothing whatever it is asked."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def active_wrapper() -> DistributedDataParallel | None:
+    """The wrapper whose forward pass is running, if any."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a `DistributedDataParallel`, whose reducer is put to rest; any other model as it is."""
+    while isinstance(model, DistributedDataParallel):
+        rest(model)
+        model = model.module
+    return model
+
+
+def rest(wrapper: DistributedDataParallel) -> bool:
+    """Put the reducer of a wrapper to rest, and free its buckets.
+
+    The attributes are private ones: where a version of torch does not have them, the wrapper goes on reducing, which
+    is right with `find_unused_parameters=True`, at the price of traffic and buckets for all parameters.
+
+    Returns:
+        Whether the reducer rests.
+
+    Raises:
+        ValueError: For settings of the wrapper that switching blocks would break.
+    """
+    works = "use DistributedDataParallel(model) without it, or no wrapper at all: the optimizer reduces the gradients"
+    if wrapper.static_graph:
+        raise ValueError(f"DistributedDataParallel(static_graph=True): blocks switch on and off, so it is not; {works}")
+    if getattr(wrapper, "_comm_hooks", None):
+        raise ValueError(f"DistributedDataParallel with a communication hook: gradients would pass it by; {works}")
+    if getattr(wrapper, "mixed_precision", None) is not None:
+        raise ValueError(f"DistributedDataParallel(mixed_precision=...): {works}, with torch.autocast")
+    state: dict[str, Any] = wrapper.__dict__
+    if isinstance(state.get("reducer"), _AtRest):
+        return True
+    if all(name in state for name in _REDUCER):
+        state.update(dict.fromkeys(_REDUCER, _AtRest()))
+        return True
+    if not wrapper.find_unused_parameters:
+        raise ValueError(
+            "DistributedDataParallel: this version of torch does not let its reducer rest; use "
+            "find_unused_parameters=True, or no wrapper at all"
+        )
+    warnings.warn("DistributedDataParallel sends the gradients of all parameters: do without the wrapper", stacklevel=4)
+    return False

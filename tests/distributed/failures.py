@@ -1,0 +1,117 @@
+"""What must stop a run of several processes, in words; each function returns the message that this process gets."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import rows
+from tiny import llama
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from misa.distributed import wrapped
+from misa.optimizer import MISA
+
+
+def message(call: Any) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _step(model: Any, optimizer: Any, number: int) -> None:
+    own = {name: values.chunk(dist.get_world_size())[dist.get_rank()] for name, values in rows(number).items()}
+    model(**own).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def drift() -> str:
+    """One weight of one process is changed in the middle of a round, by less than training changes it."""
+    model = llama(2)
+    optimizer = MISA(model, budget=0.3, interval=2)
+    _step(model, optimizer, 0)
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
+    return message(lambda: _step(model, optimizer, 1))
+
+
+def other_models() -> str:
+    return message(lambda: MISA(llama(2 + dist.get_rank()), budget=0.3))
+
+
+def static_graph() -> str:
+    return message(lambda: MISA(DistributedDataParallel(llama(2), static_graph=True), budget=0.3))
+
+
+def static_graph_later() -> str:
+    model = llama(2)
+    optimizer = MISA(model, budget=0.3)
+    return message(lambda: _step(DistributedDataParallel(model, static_graph=True), optimizer, 0))
+
+
+def communication_hook() -> str:
+    model = DistributedDataParallel(llama(2))
+    model.register_comm_hook(None, allreduce_hook)
+    return message(lambda: MISA(model, budget=0.3))
+
+
+def wrapper_is_alive() -> tuple[bool, bool]:
+    """Whether a wrapper's reducer, which holds the buckets, lives before and after the optimizer is made."""
+    model = DistributedDataParallel(llama(2))
+    reducer = weakref.ref(model.reducer)
+    before = reducer() is not None
+    optimizer = MISA(model, budget=0.3)
+    return before, bool(optimizer.active) and reducer() is not None
+
+
+def without_switch() -> tuple[str, bool]:
+    """A torch whose wrapper cannot rest: refused, or with find_unused_parameters, right all the same."""
+    wrapped._REDUCER, kept = ("no_such_attribute",), wrapped._REDUCER
+    try:
+        said = message(lambda: MISA(DistributedDataParallel(llama(2)), budget=0.3))
+        model = DistributedDataParallel(llama(2), find_unused_parameters=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer = MISA(model, budget=0.3, interval=2)
+            for number in range(4):
+                _step(model, optimizer, number)
+    finally:
+        wrapped._REDUCER = kept
+    twin_model = llama(2)
+    twin = MISA(twin_model, budget=0.3, interval=2)
+    for number in range(4):
+        _step(twin_model, twin, number)
+    pairs = zip(model.parameters(), twin_model.parameters(), strict=True)
+    same = optimizer.active == twin.active and all(torch.allclose(p, q, rtol=0, atol=1e-5) for p, q in pairs)
+    return said, same and any("do without the wrapper" in str(w.message) for w in caught)
+
+
+def copies() -> bool:
+    """A deep copy of an optimizer trains on between processes as the original does."""
+    model = llama(2)
+    optimizer = MISA(model, budget=0.3, interval=2)
+    _step(model, optimizer, 0)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for number in range(1, 4):
+        _step(model, optimizer, number)
+        _step(twin_model, twin, number)
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), twin_model.parameters(), strict=True))
+
+
+CALLS = (
+    *(drift, other_models, static_graph, static_graph_later, communication_hook, wrapper_is_alive, without_switch),
+    copies,
+)
+
+
+def all_failures() -> dict[str, Any]:
+    return {call.__name__: call() for call in CALLS}
