@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,22 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(call: Callable[[], Any]) -> Any:
+    """Call something on process 0 alone; all processes get what it returns, or the exception it raises."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return call()
+    value = error = None
+    if dist.get_rank() == 0:
+        try:
+            value = call()
+        except (ValueError, OSError) as raised:
+            error = raised
+    value, error = from_first((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 def mean_of_seen(measured: Tensor, seen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from misa.integration.wrappers import refuse_launched
 from misa.optimizer import LISA, MISA, BAdam, BlockCoordinateOptimizer
 
 PRESETS: dict[str, type[BlockCoordinateOptimizer]] = {"misa": MISA, "badam": BAdam, "lisa": LISA}
@@ -29,8 +30,9 @@ class TrainerOptimizer:
             **options: Arguments of the preset.
 
         Raises:
-            ValueError: for an unknown preset.
+            ValueError: for an unknown preset, and under DeepSpeed or Accelerate's FSDP.
         """
+        refuse_launched()
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[preset](model, **options)

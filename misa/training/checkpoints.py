@@ -24,7 +24,10 @@ RUN_FILE = "run.json"
 STAGING_FOLDER = "saving"
 
 # Without these a run could continue, but not as the same run.
-REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+# Random state: of a process that was alone, or of the first of several.
+RANDOM_FILES = ("rng_state.pth", "rng_state_0.pth")
 
 _CHUNK_BYTES = 2**22
 
@@ -60,6 +63,8 @@ def fault(checkpoint: Path) -> str | None:
     except (ValueError, AttributeError):
         return f"{MANIFEST_FILE} is damaged"
     missing = [name for name in REQUIRED_FILES if name not in files]
+    if not any(name in files for name in RANDOM_FILES):
+        missing.append(RANDOM_FILES[0])
     return f"{', '.join(missing)} was not saved" if missing else None
 
 

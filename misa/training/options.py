@@ -211,6 +211,8 @@ def parse(
     import torch
     from transformers import TrainingArguments
 
+    from misa.integration.wrappers import refuse_launched
+
     parser = _parser([TrainingArguments], prog=prog)
     accelerator = torch.accelerator.is_available()
     # Pinned memory speeds up copies to an accelerator, and is a warning without one. The processor must be asked for
@@ -226,6 +228,7 @@ def parse(
         raise ValueError(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     fields = {**vars(values), **vars(common)}
     fields |= {name: value for name, value in others.items() if fields[name] is None}
+    refuse_launched(fields.get("deepspeed"), fields.get("fsdp"))
     fields["output_dir"] = run.checkpoint_dir or f"{run.output_dir}/checkpoints"
     allowed = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     training = TrainingArguments(**{name: value for name, value in fields.items() if name in allowed})

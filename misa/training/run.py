@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
+
+from misa.distributed.agree import on_first
 from misa.files import new_folder, write_text
 from misa.results import (
     CURVES_FILE,
@@ -106,7 +111,8 @@ class Job:
         training = {name: value for name, value in self.training.to_dict().items() if matters(name)}
         run = {**vars(self.run), "checkpoint_dir": self.training.output_dir, "run": self.name}
         method = {"method": self.method.method, "method_options": self.method.given()}
-        config = {**training, **self.settings, **run, **method, "data_digest": self.data_digest}
+        others = {"num_processes": self.training.world_size, "data_digest": self.data_digest}
+        config = {**training, **self.settings, **run, **method, **others}
         return json.loads(json.dumps(config, default=str))
 
     @property
@@ -138,28 +144,28 @@ def carry_out(job: Job) -> Result:
 def _begin(job: Job) -> Result | tuple[Parts, Any, Any, Any]:
     """Check what is asked for and load it; what the user can get wrong is found here."""
     output, scratch = Path(job.run.output_dir), Path(job.training.output_dir)
-    if (done := _finished(job, output, scratch)) is not None:
+    if (done := on_first(lambda: _finished(job, output, scratch))) is not None:
         logger.info("%s is finished: %s is there, nothing to do", job.name, output / RESULT_FILE)
         return done
     if job.run.is_checkpoint() and (problem := fault(Path(str(job.run.continue_from)))) is not None:
         raise ValueError(f"continue_from is {job.run.continue_from!r}, a checkpoint that cannot be used: {problem}")
-    _claim(job, scratch)
+    on_first(lambda: _claim(job, scratch))
     return _prepare(job)
 
 
 def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
     scratch = Path(job.training.output_dir)
     try:
-        checkpoint = latest_checkpoint(scratch)
+        checkpoint = on_first(lambda: latest_checkpoint(scratch))
         if checkpoint is None and job.run.is_checkpoint():
             checkpoint = Path(str(job.run.continue_from))
         _train(trainer, meter, checkpoint)
     except KeyboardInterrupt:
         logger.info("stopped; the same command continues from the last checkpoint in %s", scratch)
         raise
-    result = _write(job, parts, built, trainer, meter)
+    result = on_first(lambda: _write(job, parts, built, trainer, meter))
     if not job.run.keep_checkpoints:
-        remove_checkpoints(scratch)
+        on_first(lambda: remove_checkpoints(scratch))
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     logger.info("%s is finished: %s  (%.0f s of training)", job.name, metrics, result.timings["train_s"])
     return result
@@ -175,8 +181,17 @@ def matters(name: str) -> bool:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Say in which settings that matter two configurations differ, or return ""."""
+    old, new = _with_batch_size(old), _with_batch_size(new)
     names = sorted(name for name in old.keys() | new.keys() if matters(name) and old.get(name) != new.get(name))
     return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+
+
+def _with_batch_size(config: dict[str, Any]) -> dict[str, Any]:
+    """The sequences of a step in place of how they are shared out: a run may go on with more processes, or fewer."""
+    defaults = {"per_device_train_batch_size": None, "gradient_accumulation_steps": 1, "num_processes": 1}
+    shares = [config.get(name, default) for name, default in defaults.items()]
+    rest = {name: value for name, value in config.items() if name not in defaults}
+    return rest if None in shares else {**rest, "sequences_per_step": math.prod(shares)}
 
 
 def _finished(job: Job, output: Path, scratch: Path) -> Result | None:
@@ -245,6 +260,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         seed=arguments.seed,
         options=job.method.given(),
     )
+    if arguments.world_size > 1 and job.method.method == "galore_layerwise":
+        raise ValueError("method galore_layerwise: applies gradients before processes have exchanged them; use galore")
     if built.steps_in_backward:
         _require_one_pass(job.method.method, arguments)
     logger.info("%s: %s", job.method.method, built.description)
@@ -345,7 +362,8 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
         Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("misa").setLevel(logging.INFO)
+    first, began = os.environ.get("RANK", "0") == "0", dist.is_initialized()
+    logging.getLogger("misa").setLevel(logging.INFO if first else logging.WARNING)
 
     from transformers.utils import logging as transformers_logging
 
@@ -355,13 +373,16 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
         asked = job()
         begun = _begin(asked)
     except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if first:  # the others have found the same
+            print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     try:
         # From here on an error is one of the program, and shows where it comes from.
         if not isinstance(begun, Result):
             _complete(asked, *begun)
-        if asked.evaluation is not None:
+        if dist.is_initialized() and not began:
+            dist.destroy_process_group()
+        if first and asked.evaluation is not None:
             from misa.evaluate import main as evaluate
 
             return evaluate(asked.evaluation)

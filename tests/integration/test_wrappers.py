@@ -5,6 +5,7 @@ import torch
 from tiny import llama
 from torch import nn
 
+from misa.integration.trainer import TrainerOptimizer
 from misa.optimizer import MISA, partition
 
 
@@ -16,7 +17,7 @@ def test_fsdp1_is_refused_in_words_that_name_what_works(tmp_path):
     )
     try:
         model = FullyShardedDataParallel(llama(1), device_id=torch.device("cpu"))
-        with pytest.raises(ValueError, match=r"FSDP1.*train on one device"):
+        with pytest.raises(ValueError, match=r"FSDP1.*DistributedDataParallel.*fully_shard"):
             MISA(model, budget=0.3)
     finally:
         torch.distributed.destroy_process_group()
@@ -31,7 +32,7 @@ class DeepSpeedEngine(nn.Module):
 
 
 def test_deepspeed_is_refused_in_words_that_name_what_works():
-    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO.*train on one device"):
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO.*DistributedDataParallel.*fully_shard"):
         MISA(DeepSpeedEngine(llama(1)), budget=0.3)
 
 
@@ -48,3 +49,10 @@ def test_refused_model_is_left_as_it_was():
         MISA(model, budget=0.3)
     assert all(p.requires_grad for p in model.parameters())
     assert len(partition(model)) == 7
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "fsdp"])
+def test_trainer_under_accelerates_deepspeed_or_fsdp_is_refused(monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=rf"^{name}: .*use torchrun with the plain model"):
+        TrainerOptimizer()(llama(1), budget=0.3)
