@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +16,18 @@ import pytest
 import torch
 import torch.multiprocessing
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "optimizer"))  # tiny models and batches
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "optimizer")]  # tiny models and batches
+
+from train.conftest import small  # noqa: E402, F401
 
 # New processes are forked from one that has imported everything, and that has no threads.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch", "torch.distributed.tensor", "transformers.models.llama.modeling_llama", "misa"]
+    [
+        *("torch", "torch.distributed.tensor", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
+        *("transformers.models.llama.modeling_llama", "transformers.trainer", "datasets", "peft", "misa"),
+        *("misa.train", "misa.pretrain", "misa.training.run", "misa.training.trainer", "misa.methods"),
+    ]
 )
 
 Call = Callable[..., Any]
@@ -44,3 +55,45 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
     return start
+
+
+def _command(rank: int, size: int, port: int, name: str, words: list[str], kill: tuple[int, int] | None) -> None:
+    """What torchrun does in each process; `kill` is a process and the step after which it is killed."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from misa import pretrain, train
+    from misa.training.trainer import Schedule
+
+    original = Schedule.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if (rank, state.global_step) == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, args, state, control, **kwargs)
+
+    Schedule.on_step_end = on_step_end
+    sys.exit({"train": train, "pretrain": pretrain}[name].main(words))
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., list[int]]:
+    """Run a training command in so many processes, all ended when one fails; returned are their exit codes."""
+
+    def run(size: int, name: str, words: list[str], kill: tuple[int, int] | None = None) -> list[int]:
+        context = multiprocessing.get_context("forkserver")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [context.Process(target=_command, args=(r, size, port, name, words, kill)) for r in range(size)]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes):
+                time.sleep(0.2)  # the others may be about to fail by themselves
+                for process in processes:
+                    process.kill()
+            time.sleep(0.02)
+        return [process.exitcode or 0 for process in processes]
+
+    return run

@@ -1,0 +1,92 @@
+"""Save and load a model and its optimizer through `torch.distributed.checkpoint`, on any number of processes.
+
+Each process writes and reads its own part of what is sharded. Which tensors a checkpoint holds depends on the blocks
+that were active, so loading asks the checkpoint, not the optimizer, what there is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from misa.distributed.sharded import like_parameter, local_part
+
+if TYPE_CHECKING:
+    from misa.optimizer.engine import BlockCoordinateOptimizer
+
+MODEL, OPTIMIZER = "model", "optimizer"
+
+
+def save(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimizer) -> None:
+    """Write a checkpoint; all processes call this together.
+
+    Args:
+        folder: Folder to write, on a disk that all processes see.
+        model: The model.
+        optimizer: Its optimizer.
+    """
+    dcp.save({MODEL: model.state_dict(), OPTIMIZER: optimizer.state_dict()}, checkpoint_id=str(folder))
+
+
+def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimizer) -> None:
+    """Continue from a checkpoint, also one of another number of processes; all processes call this together.
+
+    Args:
+        folder: Folder that `save` wrote.
+        model: The model, of the same architecture.
+        optimizer: An optimizer with the same settings.
+
+    Raises:
+        ValueError: If the checkpoint belongs to another model.
+    """
+    params = {name: p for group in optimizer.param_groups for name, p in _named(optimizer, group)}
+    found = dcp.FileSystemReader(str(folder)).read_metadata()
+    state: dict[str, Any] = {}
+    for key, stored in found.state_dict_metadata.items():
+        path = (found.planner_data or {}).get(key)
+        if path is None or path[0] != OPTIMIZER:
+            continue
+        # state -> name of the parameter -> name of the moment
+        param = params.get(path[2]) if path[1] == "state" else None
+        if path[1] == "state" and param is None:
+            raise ValueError(f"{folder}: has state of {path[2]}, which this optimizer does not train")
+        _set(state, path[1:], _room(stored, param))
+    whole = {MODEL: model.state_dict(), OPTIMIZER: state}
+    dcp.load(whole, checkpoint_id=str(folder))
+    model.load_state_dict(whole[MODEL])
+    optimizer.load_state_dict(whole[OPTIMIZER])
+
+
+def _named(optimizer: BlockCoordinateOptimizer, group: dict[str, Any]) -> list[tuple[str, nn.Parameter]]:
+    return [(optimizer._entries[p].name, p) for p in group["params"] if p in optimizer._entries]
+
+
+def _room(stored: Any, param: nn.Parameter | None) -> Any:
+    """Memory to load a value into: sharded as its parameter, if it belongs to one."""
+    if not isinstance(stored, TensorStorageMetadata):
+        return None
+    if param is None or not stored.size:
+        return torch.empty(stored.size, dtype=stored.properties.dtype)
+    local = local_part(param)
+    size = local.shape if stored.size == param.shape else stored.size
+    return like_parameter(torch.empty(size, dtype=stored.properties.dtype, device=local.device), param)
+
+
+def _set(tree: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Put a value into nested dictionaries and lists, which grow as needed; numbers are indices of lists."""
+    key, *rest = path
+    if isinstance(tree, list):
+        tree.extend([None] * (key + 1 - len(tree)))
+        if rest and tree[key] is None:
+            tree[key] = [] if isinstance(rest[0], int) else {}
+    elif rest:
+        tree.setdefault(key, [] if isinstance(rest[0], int) else {})
+    if rest:
+        _set(tree[key], tuple(rest), value)
+    else:
+        tree[key] = value
