@@ -20,8 +20,11 @@ from misa.memory.grid import TABLES as GRID_TABLES
 from misa.results.collect import TABLES
 
 SCALES = ("laptop", "workstation", "paper")
-COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "collect"}
-DRAWING = {"figure": len(FIGURES), "score_tables": 1, "all": 1}
+# Of the same shape, with sheets of their own for one question each.
+STUDIES = ("evidence", "ablation", "tune")
+COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "rate", "collect"}
+# Each study of one question has a table, and the ablation a figure.
+DRAWING = {"figure": len(FIGURES), "score_tables": 1, "study_table": 2, "all": 1}
 OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
 
 
@@ -33,9 +36,11 @@ def planned(output: str) -> dict[str, int]:
     return {name: int(count) for name, count in jobs.items() if name != "total"}
 
 
-def sheet(repository: Path, scale: str) -> list[dict[str, str]]:
+def sheet(repository: Path, scale: str, with_real_sets: bool = False) -> list[dict[str, str]]:
+    """Rows of a sheet; those on real sets are planned only where there is a folder with them."""
     with (repository / "workflows" / "config" / f"{scale}.tsv").open(newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t"))
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    return [row for row in rows if with_real_sets or not row.get("data")]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -44,7 +49,7 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout
     kinds = Counter(row["kind"] for row in sheet(repository, scale))
     grid = yaml.safe_load((repository / "workflows" / "config" / f"{scale}.yaml").read_text())["memory_grid"]
-    drawn = len(FIGURES) - (0 if grid["in_all"] else len(OF_GRID))
+    drawn = len(FIGURES) - (0 if grid["in_all"] else len(OF_GRID)) - 1
     planned_grid = {"memory_grid_part": len(grid["parts"]), "memory_grid_tables": 1} if grid["in_all"] else {}
     assert planned(done.stdout) == {
         **dict.fromkeys(COMPUTING, 1),
@@ -52,9 +57,39 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
         **kinds,
         "evaluate_pretrained": kinds["pretrain"],
         "evaluate_finetuned": kinds["finetune"] + 1,
-        **DRAWING,
+        "score_tables": 1,
+        "all": 1,
         "figure": drawn,
     }
+
+
+@pytest.mark.parametrize(("scale", "extra"), [("ablation", 1), ("tune", 0)])
+def test_study_of_one_question_has_a_table_and_a_folder_of_its_own(
+    snakemake, repository: Path, tmp_path: Path, scale: str, extra: int
+) -> None:
+    done = snakemake("-n", "--config", f"scale={scale}", "--quiet", "rules", "--", "all", "freeze", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    jobs = planned(done.stdout)
+    assert jobs["pretrain"] == len(sheet(repository, scale)) > 20
+    assert (jobs["study_table"], jobs["freeze"]) == (1, 1)
+    assert jobs["figure"] == len(FIGURES) - len(OF_GRID) - 1 + extra
+    done = snakemake("-n", f"paper_figures/data/{scale}/settings.csv", "--config", f"scale={scale}", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("scale", ["workstation", "evidence"])
+def test_folder_with_real_sets_adds_its_runs(snakemake, repository: Path, tmp_path: Path, scale: str) -> None:
+    done = snakemake("-n", "--quiet", "rules", "--config", f"scale={scale}", "data_dir=sets", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    rows = sheet(repository, scale, with_real_sets=True)
+    kinds = Counter(row["kind"] for row in rows)
+    # The base model is scored on everything that is fine-tuned on.
+    data = {row.get("data") or "family" for row in rows if row["kind"] == "finetune"}
+    jobs = planned(done.stdout)
+    assert jobs["mix"] == len(data - {"family"}) > 0
+    assert jobs.get("family", 0) == len(data & {"family"})
+    assert {kind: jobs[kind] for kind in kinds} == kinds
+    assert jobs["evaluate_finetuned"] == kinds["finetune"] + len(data)
 
 
 def test_memory_grid_needs_no_run(snakemake, repository: Path, tmp_path: Path) -> None:
@@ -90,8 +125,8 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 
 
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
-    for name in (*TABLES, *GRID_TABLES):
-        table = tmp_path / "paper_figures" / "data" / f"{name}.csv"
+    for name in {"scores.csv", "runs.csv", "tune/settings.csv", *FIGURES.values()}:
+        table = tmp_path / "paper_figures" / "data" / name
         table.parent.mkdir(parents=True, exist_ok=True)
         table.touch()
     done = snakemake("-n", "--quiet", "rules", "--config", "results=cached", folder=tmp_path)
@@ -166,7 +201,7 @@ def test_missing_and_impossible_values_are_named(snakemake, repository: Path, tm
 def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
     done = snakemake("-n", "--config", "scale=desktop", folder=tmp_path)
     assert done.returncode != 0
-    assert "'desktop', allowed: laptop, paper, workstation" in done.stdout
+    assert "'desktop', allowed: ablation, evidence, laptop, paper, tune, workstation" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -174,6 +209,7 @@ def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
     [
         ("finetune-new\tfinetun\t--method misa", "'finetun' is not one of"),
         ("base\tfinetune\t--method misa", "does not match"),
+        ("base-math\tfinetune\t--method misa", "does not match"),
         ("pretrain-misa\tpretrain\t--method misa", "'pretrain-misa' occurs twice"),
     ],
 )
@@ -220,7 +256,17 @@ def test_job_left_over_from_a_killed_run_is_ended(snakemake, tmp_path: Path, tin
             process.wait()
 
 
-@pytest.mark.parametrize("scale", [*SCALES, "tiny"])
+def test_unknown_data_of_a_row_is_named(snakemake, repository: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((repository / "workflows" / "config" / "laptop.yaml").read_text())
+    (tmp_path / "sheet.tsv").write_text("run\tkind\tdata\targs\nnew\tfinetune\tmaths\t--method misa\n")
+    mixes = {"math": {"sets": ["gsm8k"], "train": "", "evaluate": ""}}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config | {"sheet": "sheet.tsv", "mixes": mixes}))
+    done = snakemake("-n", "--configfile", tmp_path / "wrong.yaml", folder=tmp_path)
+    assert done.returncode != 0
+    assert "data of run new is 'maths', allowed: math" in done.stdout
+
+
+@pytest.mark.parametrize("scale", [*SCALES, *STUDIES, "tiny"])
 def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> None:
     """A misspelt option in a configuration must not wait for the job that uses it, hours later."""
     from transformers import HfArgumentParser
@@ -239,7 +285,8 @@ def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> No
     paths = {"finetune": ["--model_name_or_path", "m"], "pretrain": []}
     for row in csv.DictReader((folder / f"{scale}.tsv").open(newline=""), delimiter="\t"):
         own = FinetuneOptions if row["kind"] == "finetune" else PretrainOptions
-        words = shlex.split(f"{config[row['kind']]['args']} {row['args']}")
+        mix = config["mixes"].get(row.get("data"), {}).get("train", "")
+        words = shlex.split(f"{config[row['kind']]['args']} {mix} {row['args']}")
         _, _, method, *_ = parse(
             (RunOptions, own, MethodOptions, CommonTrainingOptions),
             # bf16 is refused where there is no GPU, unless the CPU is asked for.
@@ -249,7 +296,7 @@ def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> No
             description="",
         )
         assert method.given().keys() <= METHODS[method.method].defaults.keys()
-    for arguments in config["evaluate"].values():
+    for arguments in (*config["evaluate"].values(), *(mix["evaluate"] for mix in config["mixes"].values())):
         words = ["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o", *shlex.split(arguments)]
         (settings,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(words)
         assert set(settings.tasks.split(",")) <= set(task_names())

@@ -29,11 +29,14 @@ validate(config, "../schemas/config.schema.yaml")
 
 SCALE = config["scale"]
 CACHED = config["results"] == "cached"
+STUDY = config["study"]
 OUT = f"results/{SCALE}"
 LOGS = f"{OUT}/logs"
 SCRATCH = f"scratch/{SCALE}"
 BASE_MODEL = f"results/inputs/models/{config['base_model']}"
 
+# Where `freeze` puts the tables: those of a study of one question lie beside those of the headline comparison.
+FROZEN = "paper_figures/data" if STUDY == "headline" else f"paper_figures/data/{STUDY}"
 # Cached tables and figures are committed; fresh ones lie elsewhere, so that a run never changes what is committed.
 TABLES = "paper_figures/data" if CACHED else f"{OUT}/tables"
 FIGURES = "paper_figures" if CACHED else f"{OUT}/figures"
@@ -44,6 +47,9 @@ FIGURE_TABLES = {
     "convergence": "convergence",
     "gradient_variance": "variance",
     "gradient_norms": "gradient_norms",
+    "staleness": "staleness",
+    "rate": "rate",
+    "ablation": "settings",
     "memory": "memory",
     "memory_sequence": "memory_grid",
     "memory_stacked": "memory_grid",
@@ -51,15 +57,22 @@ FIGURE_TABLES = {
     "memory_fit": "memory_fit",
     "scores": "scores",
 }
+# Tables that only one study makes, by its name.
+STUDY_TABLES = {"ablation": "ablation", "learning_rates": "tune"}
 # Tables and figures of the full-size model, which a scale may leave out.
 GRID_TABLES = ["memory_grid", "memory_sweep", "memory_fit", "memory_levers"]
 GRID_FIGURES = [name for name, table in FIGURE_TABLES.items() if table in GRID_TABLES]
-DRAWN = [
-    name
-    for name in FIGURE_TABLES
-    if CACHED or config["memory_grid"]["in_all"] or name not in GRID_FIGURES
+ALL_TABLES = [
+    "convergence",
+    "scores",
+    "memory",
+    "variance",
+    "gradient_norms",
+    "staleness",
+    "rate",
+    "settings",
+    "runs",
 ]
-ALL_TABLES = ["convergence", "scores", "memory", "variance", "gradient_norms", "runs"]
 
 # Heavy jobs take all cores and run one after another: more threads than --cores allows are scaled down to it.
 THREADS = config["threads"] or os.cpu_count()
@@ -78,6 +91,33 @@ RUNS = pd.read_csv(sheet_file, sep="\t", comment="#", dtype=str, keep_default_na
 validate(RUNS, "../schemas/runs.schema.yaml")
 if repeated := sorted(RUNS["run"][RUNS["run"].duplicated()]):
     raise WorkflowError(f"{sheet_file}: run {repeated[0]!r} occurs twice")
+
+# What a run is trained on: the text of the scale, its generated questions, or a mix of real sets.
+DATA_DIR = config.get("data_dir")
+MIXES = config["mixes"]
+BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
+if "data" not in RUNS:
+    RUNS["data"] = ""
+RUNS["data"] = RUNS["data"].where(RUNS["data"] != "", RUNS["kind"].map(BUILT_IN))
+for row in RUNS.itertuples():
+    if row.data != BUILT_IN[row.kind] and (
+        row.kind == "pretrain" or row.data not in MIXES
+    ):
+        raise WorkflowError(
+            f"{sheet_file}: data of run {row.run} is {row.data!r}, allowed: {', '.join(MIXES) or 'none'}"
+        )
+# Arguments that all runs on the same data get.
+RUNS["shared"] = [
+    " ".join(
+        filter(
+            None, [config[row.kind]["args"], MIXES.get(row.data, {}).get("train", "")]
+        )
+    )
+    for row in RUNS.itertuples()
+]
+# Real sets lie in a local folder: without one, runs on them are left out.
+LEFT_OUT = RUNS[RUNS["data"].isin(MIXES) & (DATA_DIR is None)]
+RUNS = RUNS.drop(LEFT_OUT.index)
 for run in config["variance"]["runs"]:
     if run not in set(RUNS["run"]):
         raise WorkflowError(
@@ -88,13 +128,54 @@ for run in config["variance"]["runs"]:
 def table_of(figure):
     """Path of the table that a figure is drawn from."""
     table = FIGURE_TABLES[figure]
+    if CACHED and figure in STUDY_TABLES:
+        return f"{TABLES}/{figure}/{table}.csv"
     folder = f"{OUT}/memory_grid" if table in GRID_TABLES and not CACHED else TABLES
     return f"{folder}/{table}.csv"
+
+
+def study_table_of(name):
+    """Path of the table of settings that a study's own table is made from."""
+    return (
+        f"{TABLES}/{STUDY_TABLES[name]}/settings.csv"
+        if CACHED
+        else f"{TABLES}/settings.csv"
+    )
+
+
+def is_drawn(figure):
+    """Whether a figure is among those of the scale; of cached ones, whether its table was frozen."""
+    if CACHED:
+        return Path(table_of(figure)).is_file()
+    if figure in STUDY_TABLES:
+        return STUDY == STUDY_TABLES[figure]
+    return figure not in GRID_FIGURES or config["memory_grid"]["in_all"]
+
+
+DRAWN = [figure for figure in FIGURE_TABLES if is_drawn(figure)]
+WRITTEN = [
+    name
+    for name, study in STUDY_TABLES.items()
+    if (Path(study_table_of(name)).is_file() if CACHED else study == STUDY)
+]
 
 
 def runs_of(*kinds):
     """Names of the runs of some kinds, in the order of the sheet."""
     return RUNS["run"][RUNS["kind"].isin(kinds)].tolist()
+
+
+def data_of(run):
+    """What a run is trained on, and its model is scored on; the base model once for each."""
+    if run.partition("-")[0] == "base":
+        return run.partition("-")[2] or BUILT_IN["finetune"]
+    return RUNS.set_index("run").at[run, "data"]
+
+
+def base_runs():
+    """Names of the evaluations of the base model: one for all that is fine-tuned on, `base` for what is built in."""
+    used = dict.fromkeys(RUNS["data"][RUNS["kind"] == "finetune"])
+    return ["base" if data == BUILT_IN["finetune"] else f"base-{data}" for data in used]
 
 
 def one_of(names):
@@ -148,6 +229,15 @@ def end_orphans():
             )
             process.kill()
             psutil.wait_procs([process], timeout=5)
+
+
+def name_left_out():
+    """Say which runs of the sheet are not made, since they need real sets and no folder was given."""
+    if len(LEFT_OUT) and not CACHED:
+        print(
+            f"left out, because data_dir is not given: {', '.join(LEFT_OUT['run'])}",
+            file=sys.stderr,
+        )
 
 
 def write_report(targets):

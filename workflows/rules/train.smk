@@ -11,6 +11,7 @@ rule pretrain:
         result=f"{OUT}/runs/{{run}}/result.json",
         curves=f"{OUT}/runs/{{run}}/curves.csv",
         model=directory(f"{OUT}/runs/{{run}}/model"),
+        snapshots=directory(f"{OUT}/runs/{{run}}/snapshots"),
     log:
         f"{LOGS}/{{run}}.log",
     benchmark:
@@ -24,23 +25,29 @@ rule pretrain:
         gpu=config["gpus"],
     params:
         args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
-        shared=lookup("pretrain/args", within=config),
+        shared=lookup(query="run == '{run}'", within=RUNS, cols="shared"),
         data=subpath(input.corpus, parent=True),
+        # Only runs that the variance is measured along write any.
+        snapshots=lambda wildcards: (
+            config["variance"]["snapshot_steps"]
+            if wildcards.run in config["variance"]["runs"]
+            else "none"
+        ),
         folder=subpath(output.result, parent=True),
         scratch=f"{SCRATCH}/{{run}}",
     message:
         "pre-training {wildcards.run} (progress: {log})"
     shell:
         "python -m misa.pretrain --dataset_path {params.data} {params.shared} {params.args} --run {wildcards.run}"
+        " --snapshot_steps {params.snapshots}"
         " --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir > {log} 2>&1"
 
 
 rule finetune:
     input:
         model=BASE_MODEL,
-        train=rules.family.output.train,
-        test=rules.family.output.test,
-        digest=rules.family.output.digest,
+        train=lambda wildcards: f"{OUT}/data/{data_of(wildcards.run)}/train.jsonl",
+        digest=lambda wildcards: f"{OUT}/data/{data_of(wildcards.run)}/digest.json",
     output:
         result=f"{OUT}/runs/{{run}}/result.json",
         curves=f"{OUT}/runs/{{run}}/curves.csv",
@@ -58,7 +65,7 @@ rule finetune:
         gpu=config["gpus"],
     params:
         args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
-        shared=lookup("finetune/args", within=config),
+        shared=lookup(query="run == '{run}'", within=RUNS, cols="shared"),
         data=subpath(input.digest, parent=True),
         folder=subpath(output.result, parent=True),
         scratch=f"{SCRATCH}/{{run}}",
