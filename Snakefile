@@ -36,6 +36,8 @@ rule all:
             ending=["pdf", "png"],
         ),
         rules.score_tables.output,
+        rules.report_pages.output,
+        rules.benchmark_tables.output if CACHED else [],
 
 
 onstart:

@@ -21,7 +21,7 @@ from misa.results.collect import TABLES
 
 SCALES = ("laptop", "workstation", "paper")
 COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "collect"}
-DRAWING = {"figure": len(FIGURES), "score_tables": 1, "all": 1}
+DRAWING = {"figure": len(FIGURES), "score_tables": 1, "report_pages": 1, "all": 1}
 OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
 
 
@@ -90,13 +90,14 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 
 
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
-    for name in (*TABLES, *GRID_TABLES):
-        table = tmp_path / "paper_figures" / "data" / f"{name}.csv"
+    tables = [f"{name}.csv" for name in (*TABLES, *GRID_TABLES, "benchmarks/scores")]
+    for name in (*tables, "MANIFEST.json"):
+        table = tmp_path / "paper_figures" / "data" / name
         table.parent.mkdir(parents=True, exist_ok=True)
         table.touch()
     done = snakemake("-n", "--quiet", "rules", "--config", "results=cached", folder=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert planned(done.stdout) == DRAWING
+    assert planned(done.stdout) == DRAWING | {"benchmark_tables": 1}
 
 
 def test_cached_cannot_freeze(snakemake, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ BASE_MODEL = f"results/inputs/models/{config['base_model']}"
 TABLES = "paper_figures/data" if CACHED else f"{OUT}/tables"
 FIGURES = "paper_figures" if CACHED else f"{OUT}/figures"
 SCORES = "paper_figures/tables" if CACHED else f"{OUT}/tables"
+# The pages of the report are made from either and committed from neither.
+PAGES = "results/cached/pages" if CACHED else f"{OUT}/pages"
 
 # Figure -> the table it is drawn from.
 FIGURE_TABLES = {
@@ -90,6 +92,13 @@ def table_of(figure):
     table = FIGURE_TABLES[figure]
     folder = f"{OUT}/memory_grid" if table in GRID_TABLES and not CACHED else TABLES
     return f"{folder}/{table}.csv"
+
+
+def claim_of(figure):
+    """Category of a figure in the report."""
+    if figure.startswith("memory"):
+        return "Memory"
+    return "Gradient variance" if figure.startswith("gradient") else "Convergence"
 
 
 def runs_of(*kinds):
