@@ -6,6 +6,7 @@ import csv
 import fcntl
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,21 @@ def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
     done = snakemake("-n", "--quiet", "rules", "--config", "results=cached", folder=tmp_path)
     assert done.returncode == 0, done.stdout
     assert planned(done.stdout) == DRAWING | {"benchmark_tables": 1}
+
+
+def test_deleted_figure_comes_back_byte_for_byte(snakemake, repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "paper_figures", tmp_path / "paper_figures")
+    figure = tmp_path / "paper_figures" / "memory_delta.png"
+    figure.unlink()
+    words = ("--cores", "2", "--config", "results=cached", "--quiet", "rules")
+    done = snakemake("paper_figures/memory_delta.png", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert figure.read_bytes() == (repository / "paper_figures" / "memory_delta.png").read_bytes()
+
+
+def test_every_figure_has_a_caption(repository: Path) -> None:
+    captions = (repository / "workflows" / "report" / "figure.rst").read_text()
+    assert set(re.findall(r'^  "(\w+)": "', captions, re.MULTILINE)) == set(FIGURES)
 
 
 def test_cached_cannot_freeze(snakemake, tmp_path: Path) -> None:
