@@ -133,9 +133,7 @@ def _measured_scores(folder: Path) -> dict[tuple[str, str, str], float]:
     about = runs.drop_duplicates("run", keep="last").set_index("run")[["model", "data"]].astype(str).T.to_dict()
     found: dict[tuple[str, str, str], list[float]] = {}
     for row in scores.to_dict("records"):
-        model, data = (
-            str(about.at[row["run"], name]) if row["run"] in about.index else "" for name in ("model", "data")
-        )
+        model, data = about.get(row["run"], {"model": "", "data": ""}).values()
         task = _their_task(row["task"], row["metric"], data)
         if published_cell(row["method"], model, row["task"], row["metric"], data):
             found.setdefault((_base(row["method"]), model, task), []).append(row["value"])
