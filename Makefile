@@ -15,7 +15,7 @@ export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help reproduce test checks figures freeze bench constraints environment
+.PHONY: help reproduce test checks figures docs freeze bench constraints environment
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,10 @@ checks: $(STAMP) ## Check format, types and workflow only.
 figures: $(STAMP) ## Draw the figures from the committed tables; trains nothing.
 	@$(BIN)/snakemake --cores all --config results=cached
 	@echo "== figures: paper_figures; score table: paper_figures/tables"
+
+docs: $(STAMP) ## Build the documentation into results/site.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "== documentation: results/site/index.html"
 
 freeze: $(STAMP) ## Copy the tables of the last study into paper_figures/data.
 	@$(BIN)/snakemake --cores all freeze --config scale=$(SCALE)

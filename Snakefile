@@ -38,6 +38,8 @@ rule all:
         ),
         rules.score_tables.output,
         expand(f"{SCORES}/{{table}}.{{ending}}", table=WRITTEN, ending=["md", "tex"]),
+        rules.report_pages.output,
+        rules.benchmark_tables.output if CACHED else [],
 
 
 onstart:

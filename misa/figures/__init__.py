@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,6 +75,13 @@ def cached_table(name: str) -> pd.DataFrame:
 def plot_cached(name: str) -> Figure:
     """Draw a figure from its cached table; see `cached_table` and `plot`."""
     return plot(name, cached_table(name))
+
+
+def plot_all(name: str, tables: Iterable[pd.DataFrame]) -> Figure:
+    """Draw one figure from several tables of the same columns; see `plot`."""
+    import pandas as pd
+
+    return plot(name, pd.concat(tables, ignore_index=True))
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

@@ -27,7 +27,8 @@ def plot(table: pd.DataFrame) -> Figure:
     """
     s.require(table, COLUMNS)
     import matplotlib as mpl
-    from matplotlib.colors import Normalize
+    import numpy as np
+    from matplotlib.colors import ListedColormap, Normalize
 
     snapshots = list(table.sort_values("step", kind="stable")[["step", "snapshot"]].drop_duplicates().values.tolist())
     if len(snapshots) > 3:
@@ -37,7 +38,8 @@ def plot(table: pd.DataFrame) -> Figure:
     with s.style():
         figure = s.new_figure(0.35 + 1.35 * len(snapshots))
         axes = figure.subplots(len(snapshots), 1, sharex=True, squeeze=False)[:, 0]
-        colors = mpl.colormaps["viridis"]
+        # Without its light end, which is hard to see on white paper.
+        colors = ListedColormap(mpl.colormaps["viridis"](np.linspace(0, 0.88, 256)))
         scale = Normalize(0, max(1, num_layers - 1))
         for ax, (step, name) in zip(axes, snapshots, strict=True):
             rows = table[(table["snapshot"] == name) & (table["step"] == step)]

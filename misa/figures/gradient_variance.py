@@ -54,7 +54,7 @@ def plot(table: pd.DataFrame) -> Figure:
                     xerr=2 * row["variance_mc_stderr"] * scale,
                     color="#555555",
                     elinewidth=0.8,
-                    capsize=2.5,
+                    capsize=3.5,
                     capthick=0.8,
                 )
                 left.plot(row["relative_variance"], y + offset, **marker, linestyle="none")
@@ -67,7 +67,9 @@ def plot(table: pd.DataFrame) -> Figure:
             left.set_xscale("log")
         else:
             left.set_xlim(left=0)
-        left.set_yticks(range(len(schemes)), [s.look(s.SCHEMES, scheme).label for scheme in schemes])
+        # Two lines, or the names would take half of the width.
+        labels = [s.look(s.SCHEMES, scheme).label.replace("importance, ", "importance,\n") for scheme in schemes]
+        left.set_yticks(range(len(schemes)), labels)
         left.set_ylim(len(schemes) - 0.5, -0.5)
         left.set_xlabel("variance / $\\|g\\|^2$")
         active = wide["active_share"]
@@ -75,6 +77,8 @@ def plot(table: pd.DataFrame) -> Figure:
         right.set_xlabel(f"captured $\\|g\\|^2$ (%)\nat {share} of parameters")
         right.set_xlim(left=0)
         for ax in (left, right):
+            if ax.get_xscale() == "linear":
+                ax.locator_params(axis="x", nbins=4)
             ax.grid(axis="y", visible=False)
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(3, len(handles)))
     return figure

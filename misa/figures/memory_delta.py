@@ -50,7 +50,7 @@ def plot(table: pd.DataFrame) -> Figure:
             ax.set_xticks([1, 3, 10, 25], ["1", "3", "10", "25"])
             ax.minorticks_off()
             ax.set_xlabel("budget (% of parameters)")
-            ax.set_title(f"1 x {length} tokens", loc="left", fontsize=7)
+            ax.set_title(f"{table['model'].iloc[0]}, 1 x {length} tokens", loc="left", fontsize=7)
         axes[0].set_ylabel("peak memory (GiB)")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)

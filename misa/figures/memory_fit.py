@@ -33,7 +33,7 @@ def plot(table: pd.DataFrame) -> Figure:
     labels = known.set_index("variant").loc[order, "label"]
     largest = max(wide.max().max(), 1)
     with s.style():
-        figure = s.new_figure(0.8 + 0.2 * len(order))
+        figure = s.new_figure(0.9 + 0.2 * len(order))
         ax = figure.subplots()
         for offset, loss, color, label in (
             (-0.19, "full", "#BBBBBB", "all logits"),
@@ -50,6 +50,6 @@ def plot(table: pd.DataFrame) -> Figure:
         ax.grid(axis="y", visible=False)
         ax.set_xlim(0, 1.18 * largest)
         gib = table["limit_bytes"].max() / 2**30
-        ax.set_xlabel(f"tokens of a step that fit in {gib:g} GiB")
+        ax.set_xlabel(f"tokens of a step that fit in {gib:g} GiB\n({table['model'].iloc[0]}, checkpointing)")
         figure.legend(loc="outside lower center", ncols=2, handlelength=1.2)
     return figure

@@ -48,14 +48,25 @@ def plot(table: pd.DataFrame) -> Figure:
             wide = wide.reindex(list(variants), fill_value=0) / 2**30
             handles |= s.stack_bars(ax, wide, height=0.75)
             for y, total in enumerate(wide.sum(axis="columns")):
-                ax.text(total, y, f" {total:.1f}", va="center", fontsize=6)
-            ax.axvline(CARD_GIB, color="#777777", linewidth=0.8, linestyle=(0, (1, 1)))
+                behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # so that no line crosses the number
+                ax.annotate(
+                    f"{total:.1f}", (total, y), (3, 0), textcoords="offset points", va="center", fontsize=6, bbox=behind
+                )
+            card = s.mark_card(ax.axvline, CARD_GIB)
             ax.set_yticks(range(len(labels)), labels)
             ax.tick_params(axis="y", labelsize=6)
             ax.invert_yaxis()
             ax.grid(axis="y", visible=False)
             ax.set_title(f"1 x {length} tokens, checkpointing", loc="left", fontsize=7)
         axes[-1].set_xlim(0, 1.1 * largest)
-        axes[-1].set_xlabel("peak memory (GiB)")
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, handlelength=1.2)
+        axes[-1].set_xlabel(f"peak memory of {rows['model'].iloc[0]} (GiB)")
+        handles[f"{CARD_GIB} GiB"] = card
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=4,
+            columnspacing=1.2,
+            handlelength=1.2,
+        )
     return figure

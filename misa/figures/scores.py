@@ -44,7 +44,14 @@ def plot(table: pd.DataFrame) -> Figure:
                 row, look = rows.loc[name], s.look(s.METHODS, rows.at[name, "method"])
                 error = None if row["stderr"] != row["stderr"] else 2 * unit * row["stderr"]
                 ax.errorbar(
-                    unit * row["value"], y, xerr=error, color=look.color, marker=look.marker, capsize=2, markersize=4
+                    unit * row["value"],
+                    y,
+                    xerr=error,
+                    color=look.color,
+                    marker=look.marker,
+                    capsize=2,
+                    markersize=4,
+                    clip_on=False,
                 )
             ax.set_yticks(range(len(names)), [series_label(name, rows.at[name, "method"]) for name in names])
             ax.set_ylim(len(names) - 0.5, -0.5)

@@ -6,7 +6,7 @@ distinct in the common forms of colour blindness. Lines differ in marker and das
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 #: Width of a column in print.
-COLUMN_WIDTH_IN = 3.4
+COLUMN_WIDTH_IN = 3.3
 _RESOLUTION_DPI = 300
 
 
@@ -160,7 +160,10 @@ def look(kind: dict[str, Look], name: str) -> Look:
 
 def in_order(kind: dict[str, Look], names: Iterable[str]) -> list[str]:
     """The distinct names in the fixed order of the style, unknown ones at the end by alphabet."""
-    order = [*kind, *(VARIANTS if kind is METHODS else ())]
+    order = list(kind)
+    if kind is METHODS:
+        # A variant stands behind the method whose colour it has.
+        order = [n for m in METHODS for n in (m, *(v for v in VARIANTS if VARIANTS[v].color == METHODS[m].color))]
     return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
@@ -177,11 +180,24 @@ def stack_bars(ax: Any, wide: Any, height: float) -> dict[str, Any]:
     """
     handles = {}
     start = 0 * wide.iloc[:, 0]
-    for category in in_order(CATEGORIES, wide.columns):
+    for category in in_order(CATEGORIES, wide.columns[wide.any()]):
         shown = look(CATEGORIES, category)
         handles[shown.label] = ax.barh(range(len(wide)), wide[category], left=start, color=shown.color, height=height)
         start = start + wide[category]
     return handles
+
+
+def mark_card(line: Callable[..., Any], gib: float) -> Any:
+    """Mark the memory of a card by a dotted line.
+
+    Args:
+        line: `axhline` or `axvline` of the axes.
+        gib: Its size.
+
+    Returns:
+        The line, for the legend.
+    """
+    return line(gib, color="#777777", linewidth=0.8, linestyle=(0, (1, 1)), zorder=0.5)
 
 
 def snapshot_label(name: object, step: float) -> str:

@@ -34,9 +34,15 @@ def _run(options: argparse.Namespace) -> int:
 
         _print(run(options.results, options.output_dir))
     elif options.verb == "tables":
+        from misa.results.published import write_published_table
         from misa.results.tables import write_score_tables
 
         _print(write_score_tables(options.tables, options.output_dir))
+        _print(write_published_table(options.tables, options.output_dir))
+    elif options.verb == "pages":
+        from misa.results.pages import write_pages
+
+        _print(write_pages(options.tables, options.output_dir))
     elif options.verb == "ablation":
         from misa.results.ablation import write_ablation_table
 
@@ -77,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     collect = verbs.add_parser("collect", help="result files -> tidy tables (CSV) and MANIFEST.json")
     collect.add_argument("results", nargs="+", help="result.json files, or folders at or below which they lie")
     collect.add_argument("--output_dir", "--output-dir", required=True, help="folder of the tables")
-    tables = verbs.add_parser("tables", help="tidy tables -> score tables in Markdown and LaTeX")
+    tables = verbs.add_parser("tables", help="tidy tables -> score tables and published numbers, in Markdown and LaTeX")
     tables.add_argument("--tables", required=True, help="folder with scores.csv and runs.csv")
     tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
     ablation = verbs.add_parser("ablation", help="settings.csv of an ablation -> table of paired differences")
@@ -88,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--table", required=True, help="the file settings.csv")
         one.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
     rates.add_argument("--sheets", nargs="*", default=[], help="run sheets whose rows get the chosen learning rates")
+    pages = verbs.add_parser("pages", help="the same tables, and where all runs come from, as HTML pages of the report")
+    pages.add_argument("--tables", required=True, help="folder of the tidy tables and their MANIFEST.json")
+    pages.add_argument("--output_dir", "--output-dir", required=True, help="folder to write")
     benchmarks = verbs.add_parser("benchmarks", help="tidy tables -> table of the paper's benchmarks, both protocols")
     benchmarks.add_argument("--tables", required=True, help="folder with scores.csv")
     benchmarks.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from misa.files import write_text
+from misa.results.published import PREFIX, published_cell
 from misa.results.tables import Cell, to_latex, to_markdown
 
 if TYPE_CHECKING:
     import pandas as pd
-
-PREFIX = "misa_"
 
 # Sets in the order of the paper -> the harness's task on the same documents.
 SETS = {
@@ -34,11 +34,14 @@ HARNESS_METRICS = ("acc", "acc_norm", "exact_match-flexible-extract")
 HEAD = ("set", "run", "documents", "paper (%)", "answered (%)", "documents", "harness (%)", "normalised (%)")
 
 
-def benchmark_table(scores: pd.DataFrame) -> tuple[list[str], list[list[str | Cell]]]:
+def benchmark_table(
+    scores: pd.DataFrame, models: Mapping[str, str] | None = None
+) -> tuple[list[str], list[list[str | Cell]]]:
     """Build the table.
 
     Args:
         scores: Tidy table `scores.csv`.
+        models: Name of each run's model, for a column of published numbers where there are comparable ones.
 
     Returns:
         Column headings, and one row for each set and run that has a score: under the paper's protocol the accuracy and
@@ -55,15 +58,19 @@ def benchmark_table(scores: pd.DataFrame) -> tuple[list[str], list[list[str | Ce
                 row.append(str(int(found["num_documents"].iloc[0])) if len(found) else "")
                 cells = [_cell(found, metric) for metric in metrics if metric in found.index]
                 row += [*cells, *[""] * (2 - len(cells))]
+            method = str(of_set.loc[of_set["run"] == run, "method"].iloc[0])
+            row.append(published_cell(method, (models or {}).get(str(run), ""), PREFIX + name, "acc"))
             rows.append(row)
-    return list(HEAD), rows
+    if any(row[-1] for row in rows):
+        return [*HEAD, "published"], rows
+    return list(HEAD), [row[:-1] for row in rows]
 
 
 def write_benchmark_table(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
     """Write `benchmarks.md` and `benchmarks.tex`.
 
     Args:
-        tables_dir: Folder with `scores.csv`.
+        tables_dir: Folder with `scores.csv`, and `runs.csv` for the published numbers.
         output_dir: Folder to write, made if needed.
 
     Returns:
@@ -75,7 +82,9 @@ def write_benchmark_table(tables_dir: str | Path, output_dir: str | Path) -> lis
     from misa.figures import read_table
 
     path = Path(tables_dir) / "scores.csv"
-    head, rows = benchmark_table(read_table(path))
+    runs = Path(tables_dir) / "runs.csv"
+    models = dict(read_table(runs)[["run", "model"]].itertuples(index=False)) if runs.is_file() else None
+    head, rows = benchmark_table(read_table(path), models)
     if not rows:
         raise ValueError(f"{path} has no score of a benchmark ({', '.join(SETS)})")
     texts = {".md": to_markdown(head, rows), ".tex": to_latex(head, rows)}

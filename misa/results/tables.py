@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa.files import write_text
+from misa.results.published import published_cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -159,6 +160,8 @@ def mark_best(cells: Sequence[Cell], higher: bool) -> list[Cell]:
 def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[list[str], list[list[str | Cell]]]:
     """Build a score table: a row for each method, a column for each task and metric, then time and state.
 
+    A column of published numbers follows a task where the same was published for one of the models and methods.
+
     Args:
         scores: Tidy table `scores.csv`.
         runs: Table `runs.csv`.
@@ -175,6 +178,10 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
     order = in_order(METHODS, methods.values())
     lines = sorted(methods, key=lambda series: (order.index(methods[series]), series))
     seeds = summary.groupby("series")["num_seeds"].max()
+    series_of = dict(zip(*with_series(chosen)[["run", "series"]].to_numpy().T, strict=True)) if len(chosen) else {}
+    trained = runs[(runs["kind"] == kind) & runs["run"].isin(series_of)]
+    trained = trained.assign(series=trained["run"].map(series_of))
+    about = trained.groupby("series")[["model", "data"]].first().to_dict("index")
     head = ["method", "runs"]
     columns: list[list[str | Cell]] = [
         [series_label(series, methods[series]) for series in lines],
@@ -192,9 +199,10 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
         columns.append([marked.get(series, "") for series in lines])
         prefix = "" if task == metric or metric in task else f"{task.replace('_', ' ')}: "
         head.append(f"{prefix}{metric.replace('_', ' ')}{' (%)' if percent > 1 else ''}")
-    series_of = dict(zip(*with_series(chosen)[["run", "series"]].to_numpy().T, strict=True)) if len(chosen) else {}
-    trained = runs[(runs["kind"] == kind) & runs["run"].isin(series_of)]
-    trained = trained.assign(series=trained["run"].map(series_of))
+        beside = [published_cell(methods[s], task=task, metric=metric, **about[s]) if s in about else "" for s in lines]
+        if any(beside):
+            columns.append(list(beside))
+            head.append("published")
     for name, label, unit in (("train_s", "training (s)", 1), ("state_bytes", "optimizer state (MiB)", 2**20)):
         if name in trained:
             means = trained.groupby("series")[name].mean() / unit
@@ -263,12 +271,15 @@ def _format(cell: Cell) -> tuple[str, str]:
     return f"{cell.value:.{digits}f}", f"{cell.stderr:.{digits}f}"
 
 
-def _markdown(cell: str | Cell) -> str:
-    if isinstance(cell, str):
-        return cell
+def cell_text(cell: Cell, best: str = "") -> str:
+    """A number as plain text; `best` stands on both sides of a value that leads its column."""
     value, error = _format(cell)
-    value = f"**{value}**" if cell.best else value
+    value = f"{best}{value}{best}" if cell.best else value
     return f"{value} ± {error}" if error else value
+
+
+def _markdown(cell: str | Cell) -> str:
+    return cell if isinstance(cell, str) else cell_text(cell, best="**")
 
 
 def _latex(cell: str | Cell) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from misa.figures import FIGURES, memory_sequence, plot, read_table
+from misa.figures import CACHED_TABLES, FIGURES, memory_sequence, plot, read_table
 from misa.figures import style as s
 from misa.figures.__main__ import main
 from misa.memory.tracker import CATEGORIES
@@ -226,18 +226,41 @@ def test_figure_has_column_width_labels_and_readable_text_inside_its_edges(name)
     assert min(sizes) >= 6
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_files_are_the_same_bytes_in_another_process_at_another_time(name, tmp_path):
-    table = tmp_path / "table.csv"
-    TABLES[name]().to_csv(table, index=False)
-    assert main([name, "--table", str(table), "--output", str(tmp_path / "one")]) == 0
-    command = [sys.executable, "-m", "misa.figures", name, "--table", str(table), "--output", str(tmp_path / "two")]
+def test_files_are_the_same_bytes_in_another_process_at_another_time(tmp_path):
+    for name, table in FIGURES.items():
+        TABLES[name]().to_csv(tmp_path / table, index=False)
+    words = ["all", "--data_dir", str(tmp_path), "--output_dir"]
+    assert main([*words, str(tmp_path / "one")]) == 0
     # A reader's own style file and locale must not show.
     (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\nfont.size: 20\n")
+    command = [sys.executable, "-m", "misa.figures", *words, str(tmp_path / "two")]
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)
-    for suffix in (".pdf", ".png"):
-        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
-    assert b"CreationDate" not in (tmp_path / "one.pdf").read_bytes()
+    assert len(list((tmp_path / "one").iterdir())) == 2 * len(FIGURES)
+    for drawn in (tmp_path / "one").iterdir():
+        assert drawn.read_bytes() == (tmp_path / "two" / drawn.name).read_bytes(), drawn.name
+        assert b"CreationDate" not in drawn.read_bytes()
+
+
+def test_committed_figures_are_those_of_the_committed_tables(repository, tmp_path):
+    assert main(["all", "--data_dir", str(repository / CACHED_TABLES), "--output_dir", str(tmp_path)]) == 0
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(FIGURES)
+    for drawn in tmp_path.iterdir():
+        committed = (repository / "paper_figures" / drawn.name).read_bytes()
+        assert committed == drawn.read_bytes(), f"{drawn.name} is out of date: python -m misa.figures all"
+
+
+def test_forms_measured_at_few_lengths_make_no_curve():
+    table = memory_grid()
+    table = table[(table["variant"] != "misa-3") | (table["seq_len"] != 1024)]
+    labels = texts(plot("memory_sequence", table))
+    assert "misa-1" in labels
+    assert "misa-3" not in labels
+
+
+def test_variants_stand_behind_their_method():
+    names = ["misa_paper", "galore", "adamw_bf16", "misa", "galore_layerwise", "other", "adamw"]
+    ordered = ["adamw", "adamw_bf16", "galore", "galore_layerwise", "misa", "misa_paper", "other"]
+    assert s.in_order(s.METHODS, names) == ordered
 
 
 def test_each_method_category_and_scheme_has_its_own_look():

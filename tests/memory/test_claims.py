@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from misa.memory.claims import largest_saving, savings
+from misa.memory.claims import crossings, largest_saving, savings
 
 
 def grid():
@@ -33,3 +33,13 @@ def test_largest_saving_names_its_setting():
     assert row["best (%)"] == pytest.approx(-50)
     assert row["best at"] == "512 tokens, no checkpointing"
     assert row["worst (%)"] == pytest.approx(25)
+
+
+def test_crossing_is_where_the_saving_lasts_to_the_end():
+    table = crossings(grid())
+    assert table.loc[("misa-1", "badam", False), "less from (tokens)"] == 4096  # equal at 512
+    assert table.loc[("misa-1", "badam", False), "difference there (%)"] == -50
+    assert pd.isna(table.loc[("misa-1", "lora-r16", True), "less from (tokens)"])
+    assert set(crossings(grid(), draw="mean")["longest (tokens)"]) == {4096}
+    with pytest.raises(ValueError, match="draw is 'best'; allowed: worst, mean"):
+        savings(grid(), draw="best")

@@ -18,7 +18,7 @@ def read(path):
 
 
 def test_there_is_a_notebook_for_each_claim():
-    assert {"convergence", "gradient_variance", "memory"} <= set(NAMES)
+    assert {"quick_tour", "convergence", "gradient_variance", "memory"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)

@@ -218,7 +218,7 @@ def test_perplexities_are_better_when_lower_and_not_percent():
             "num_documents": 5,
         }
     )
-    runs = pd.DataFrame({"run": scores["run"], "kind": "pretrain", "method": scores["method"], "train_s": [1.0, 2.0]})
+    runs = scores[["run", "method"]].assign(kind="pretrain", model="2m", data="corpus", train_s=[1.0, 2.0])
     head, rows = score_table(scores, runs, "pretrain")
     assert head == ["method", "runs", "perplexity: bits per byte", "training (s)"]
     assert "| MISA | 1 | **0.500** ± 0.010 | 2.00 |" in to_markdown(head, rows)

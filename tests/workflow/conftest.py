@@ -20,9 +20,9 @@ def snakemake(repository: Path) -> Snakemake:
     """
 
     def call(*words: str | Path, folder: Path = repository, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "snakemake", "--snakefile", repository / "Snakefile", *words]
+        command = [sys.executable, "-m", "snakemake", "--snakefile", repository / "Snakefile"]
         return subprocess.run(
-            [str(word) for word in [*command, "--directory", folder]],
+            [str(word) for word in [*command, "--directory", folder, *words]],
             # Without a folder of its own the whole repository would be the working folder of a stray run.
             cwd=folder,
             stdout=subprocess.PIPE,

@@ -6,6 +6,7 @@ import csv
 import fcntl
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ SCALES = ("laptop", "workstation", "paper")
 STUDIES = ("evidence", "ablation", "tune")
 COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "rate", "collect"}
 # Each study of one question has a table, and the ablation a figure.
-DRAWING = {"figure": len(FIGURES), "score_tables": 1, "study_table": 2, "all": 1}
+DRAWING = {"figure": len(FIGURES), "score_tables": 1, "study_table": 2, "report_pages": 1, "all": 1}
 OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
 
 
@@ -58,6 +59,7 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
         "evaluate_pretrained": kinds["pretrain"],
         "evaluate_finetuned": kinds["finetune"] + 1,
         "score_tables": 1,
+        "report_pages": 1,
         "all": 1,
         "figure": drawn,
     }
@@ -125,13 +127,29 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 
 
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
-    for name in {"scores.csv", "runs.csv", "tune/settings.csv", *FIGURES.values()}:
+    tables = [f"{name}.csv" for name in (*TABLES, *GRID_TABLES, "benchmarks/scores", "tune/settings")]
+    for name in {*tables, "MANIFEST.json", *FIGURES.values()}:
         table = tmp_path / "paper_figures" / "data" / name
         table.parent.mkdir(parents=True, exist_ok=True)
         table.touch()
     done = snakemake("-n", "--quiet", "rules", "--config", "results=cached", folder=tmp_path)
     assert done.returncode == 0, done.stdout
-    assert planned(done.stdout) == DRAWING
+    assert planned(done.stdout) == DRAWING | {"benchmark_tables": 1}
+
+
+def test_deleted_figure_comes_back_byte_for_byte(snakemake, repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "paper_figures", tmp_path / "paper_figures")
+    figure = tmp_path / "paper_figures" / "memory_delta.png"
+    figure.unlink()
+    words = ("--cores", "2", "--config", "results=cached", "--quiet", "rules")
+    done = snakemake("paper_figures/memory_delta.png", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert figure.read_bytes() == (repository / "paper_figures" / "memory_delta.png").read_bytes()
+
+
+def test_every_figure_has_a_caption(repository: Path) -> None:
+    captions = (repository / "workflows" / "report" / "figure.rst").read_text()
+    assert set(re.findall(r'^  "(\w+)": "', captions, re.MULTILINE)) == set(FIGURES)
 
 
 def test_cached_cannot_freeze(snakemake, tmp_path: Path) -> None:

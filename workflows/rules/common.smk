@@ -41,6 +41,8 @@ FROZEN = "paper_figures/data" if STUDY == "headline" else f"paper_figures/data/{
 TABLES = "paper_figures/data" if CACHED else f"{OUT}/tables"
 FIGURES = "paper_figures" if CACHED else f"{OUT}/figures"
 SCORES = "paper_figures/tables" if CACHED else f"{OUT}/tables"
+# The pages of the report are made from either and committed from neither.
+PAGES = "results/cached/pages" if CACHED else f"{OUT}/pages"
 
 # Figure -> the table it is drawn from.
 FIGURE_TABLES = {
@@ -158,6 +160,11 @@ WRITTEN = [
     for name, study in STUDY_TABLES.items()
     if (Path(study_table_of(name)).is_file() if CACHED else study == STUDY)
 ]
+def claim_of(figure):
+    """Category of a figure in the report."""
+    if figure.startswith("memory"):
+        return "Memory"
+    return "Gradient variance" if figure.startswith("gradient") else "Convergence"
 
 
 def runs_of(*kinds):

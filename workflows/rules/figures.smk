@@ -9,7 +9,7 @@ rule figure:
         png=report(
             f"{FIGURES}/{{figure}}.png",
             caption="../report/figure.rst",
-            category="Figures",
+            category=lambda wildcards: claim_of(wildcards.figure),
             labels={"figure": "{figure}", "scale": SCALE},
         ),
     log:
@@ -31,19 +31,11 @@ rule score_tables:
         scores=f"{TABLES}/scores.csv",
         runs=f"{TABLES}/runs.csv",
     output:
-        scores=report(
-            f"{SCORES}/scores.md",
-            caption="../report/score_tables.rst",
-            category="Tables",
-            labels={"table": "fine-tuning", "scale": SCALE},
+        scores=f"{SCORES}/scores.md",
+        others=expand(f"{SCORES}/{{table}}.md", table=["pretraining", "published"]),
+        latex=expand(
+            f"{SCORES}/{{table}}.tex", table=["scores", "pretraining", "published"]
         ),
-        pretraining=report(
-            f"{SCORES}/pretraining.md",
-            caption="../report/score_tables.rst",
-            category="Tables",
-            labels={"table": "pre-training", "scale": SCALE},
-        ),
-        latex=expand(f"{SCORES}/{{table}}.tex", table=["scores", "pretraining"]),
     log:
         f"{LOGS}/score_tables.log",
     conda:
@@ -52,7 +44,7 @@ rule score_tables:
         tables=subpath(input.scores, parent=True),
         folder=subpath(output.scores, parent=True),
     message:
-        "score tables in Markdown and LaTeX"
+        "score tables and published numbers in Markdown and LaTeX"
     shell:
         "python -m misa.results tables --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
 
@@ -80,3 +72,66 @@ rule study_table:
         "table {wildcards.table} from {input.table}"
     shell:
         "python -m misa.results {wildcards.table} --table {input.table} --output_dir {params.folder} > {log} 2>&1"
+rule report_pages:
+    input:
+        scores=f"{TABLES}/scores.csv",
+        runs=f"{TABLES}/runs.csv",
+        manifest=f"{TABLES}/MANIFEST.json",
+    output:
+        scores=report(
+            f"{PAGES}/scores.html",
+            caption="../report/tables.rst",
+            category="Tables",
+            labels={"table": "fine-tuning", "scale": SCALE},
+        ),
+        pretraining=report(
+            f"{PAGES}/pretraining.html",
+            caption="../report/tables.rst",
+            category="Tables",
+            labels={"table": "pre-training", "scale": SCALE},
+        ),
+        published=report(
+            f"{PAGES}/published.html",
+            caption="../report/published.rst",
+            category="Tables",
+            labels={"table": "published numbers", "scale": SCALE},
+        ),
+        runs=report(
+            f"{PAGES}/runs.html",
+            caption="../report/runs.rst",
+            category="Runs",
+            labels={"table": "code, machine and time of each run", "scale": SCALE},
+        ),
+    log:
+        f"{LOGS}/report_pages.log",
+    conda:
+        "../envs/misa.yaml"
+    params:
+        tables=subpath(input.scores, parent=True),
+        folder=subpath(output.scores, parent=True),
+    message:
+        "tables of the report"
+    shell:
+        "python -m misa.results pages --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
+
+
+if CACHED:
+
+    # Scores on the public test sets, which the chain does not have.
+    rule benchmark_tables:
+        input:
+            scores=f"{TABLES}/benchmarks/scores.csv",
+        output:
+            table=f"{SCORES}/benchmarks.md",
+            latex=f"{SCORES}/benchmarks.tex",
+        log:
+            f"{LOGS}/benchmark_tables.log",
+        conda:
+            "../envs/misa.yaml"
+        params:
+            tables=subpath(input.scores, parent=True),
+            folder=subpath(output.table, parent=True),
+        message:
+            "table of the paper's benchmarks in Markdown and LaTeX"
+        shell:
+            "python -m misa.results benchmarks --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"

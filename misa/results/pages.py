@@ -1,0 +1,104 @@
+"""The tables of the report as HTML pages, and the page that says where every number comes from."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from misa.files import write_text
+from misa.results.collect import MANIFEST_FILE
+from misa.results.published import published_table
+from misa.results.tables import SCORE_TABLES, Cell, cell_text, score_table
+
+#: The pages, each `NAME.html`.
+PAGES = (*SCORE_TABLES, "published", "runs")
+RUNS_HEAD = ("run", "kind", "made", "commit", "package", "data", "torch", "machine")
+# Origin of the tables of the full-size model, which come from no run of a sheet.
+_GRID_FILE = "memory_grid.json"
+_STYLE = (
+    "body{font:14px/1.5 sans-serif;margin:1.5em;background:white;color:black}"
+    "table{border-collapse:collapse}th,td{padding:.2em .8em;text-align:left;border-bottom:1px solid #ddd}"
+)
+
+
+def to_html(title: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
+    """Write a table as a page of its own: mean ± standard error, the best in bold if it is told apart."""
+    lines = ["".join(f"<th>{html.escape(word)}</th>" for word in head)]
+    lines += ["".join(f"<td>{_cell(cell)}</td>" for cell in row) for row in rows]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    head_tags = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    return f"<!doctype html>\n<html><head>{head_tags}</head><body>\n<table>\n{body}\n</table>\n</body></html>\n"
+
+
+def runs_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]:
+    """Say of every run by which code, on what machine and when it was made.
+
+    Args:
+        tables_dir: Folder with `MANIFEST.json` and, if the full-size model was measured, `memory_grid.json`.
+
+    Returns:
+        Column headings, and one row for each run. Digests and commits show their first eight digits; a `*` behind a
+        commit says that the package differed from it.
+
+    Raises:
+        ValueError: If there is no manifest.
+    """
+    folder = Path(tables_dir)
+    manifest = folder / MANIFEST_FILE
+    if not manifest.is_file():
+        raise ValueError(f"{manifest} does not exist")
+    runs = json.loads(manifest.read_text(encoding="utf-8"))["runs"]
+    if (folder / _GRID_FILE).is_file():
+        origin = json.loads((folder / _GRID_FILE).read_text(encoding="utf-8"))["provenance"]
+        runs.append({"run": "memory_grid", "kind": "memory", **origin})
+    return list(RUNS_HEAD), [_run_row(run) for run in runs]
+
+
+def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
+    """Write one page for each of `PAGES`.
+
+    Args:
+        tables_dir: Folder of the tidy tables and their manifest.
+        output_dir: Folder to write, made if needed.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        ValueError: If a tidy table or the manifest is missing.
+    """
+    from misa.figures import read_table
+
+    scores, runs = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs"))
+    tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]] = {
+        **{name: score_table(scores, runs, kind) for name, kind in SCORE_TABLES.items()},
+        "published": published_table(tables_dir),
+        "runs": runs_table(tables_dir),
+    }
+    return [write_text(Path(output_dir) / f"{name}.html", to_html(name, *tables[name])) for name in PAGES]
+
+
+def _cell(cell: str | Cell) -> str:
+    if isinstance(cell, str):
+        return html.escape(cell)
+    text = cell_text(cell)
+    return f"<b>{text}</b>" if cell.best else text
+
+
+def _run_row(run: Mapping[str, Any]) -> list[str]:
+    machine = run["machine"]
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+    return [
+        run["run"],
+        run["kind"],
+        run["created"][:16].replace("T", " "),
+        run["commit"][:8] + ("*" if run["dirty"] else ""),
+        run["package_digest"][:8],
+        run["data_digest"][:8],
+        run["versions"].get("torch", ""),
+        f"{machine['num_threads']} of {machine['num_cores']} cores, {machine['processor']}, {memory}, "
+        f"{machine['gpu'] or 'no GPU'}",
+    ]
