@@ -36,13 +36,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from misa.integration.chunked_loss import CHUNK_TOKENS
-from misa.memory.scenario import EightBitStates, Scenario
+from misa.memory.scenario import Scenario
+from misa.rounded import BLOCK, OTHER_CHUNK_NUMEL
 
 # Bytes a trained parameter holds in the optimizer, by state format (bf16 weights).
 _MASTER, _MOMENTS = 4, 8
 _WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
-# Bytes for each element of the largest trained tensor while it is updated without a master copy.
-_ROUNDING_BYTES = {"fp32": 24, "bf16": 32}
+# Bytes for each element of a piece of a tensor while it is updated without a master copy.
+_ROUNDING_BYTES = {"fp32": 24, "bf16": 32, "8bit": 50}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -238,7 +239,7 @@ class ClosedForm:
         if adapters:
             return 2 * width * num
         if s.state_format == "8bit":
-            return 2 * num + 8 * num // EightBitStates.BLOCK
+            return 2 * num + 8 * num // BLOCK
         if self.bytes == 4:
             return _MOMENTS * num
         if s.state_format in ("fp32", "bf16"):
@@ -248,8 +249,8 @@ class ClosedForm:
     def _step_bytes(self, trained: Mapping[str, int]) -> int:
         s = self.scenario
         if s.state_format in _ROUNDING_BYTES:
-            return _ROUNDING_BYTES[s.state_format] * max(trained.values(), default=0)
-        if self.bytes == 4 or s.state_format == "8bit" or any("lora_" in name for name in trained):
+            return _ROUNDING_BYTES[s.state_format] * min(max(trained.values(), default=0), OTHER_CHUNK_NUMEL)
+        if self.bytes == 4 or any("lora_" in name for name in trained):
             return 0
         return min(4 * sum(trained.values()), _WORKSPACE_BYTES)
 

@@ -22,7 +22,7 @@ from misa.memory.step import StepMemory, checkpoint_layers, measure_step, random
 from misa.methods import METHODS, build
 from misa.models import DTYPES
 
-#: How the optimizer holds what it knows of bf16 weights; "8bit" is emulated, see `EightBitStates`.
+#: How the optimizer holds what it knows of bf16 weights; see `misa.optimizer.settings.Settings`.
 STATE_FORMATS = ("master", "fp32", "bf16", "8bit")
 ALL_LAYERS = -1
 #: CUDA's caching allocator hands out multiples of this many bytes.
@@ -171,9 +171,7 @@ class Laboratory:
         found: dict[str, Any] = {}
         if self.scenario.step_in_backward:
             found["step_in_backward"] = True
-        if self.scenario.state_format == "8bit":
-            found |= {"state_format": "inner", "inner": EightBitStates}
-        elif self.scenario.state_format:
+        if self.scenario.state_format:
             found["state_format"] = self.scenario.state_format
         return found
 
@@ -288,26 +286,3 @@ def _narrow_adapters(model: nn.Module, dtype: torch.dtype) -> None:
         for name, p in list(module._parameters.items()):
             if p is not None and p.requires_grad and p.dtype != dtype:
                 setattr(module, name, nn.Parameter(p.detach().to(dtype)))
-
-
-class EightBitStates(torch.optim.Optimizer):
-    """The shape of an AdamW with moments of 8 bits: what it holds, not what it computes.
-
-    Two bytes a parameter and two fp32 scales for each 256 parameters, as in torchao and bitsandbytes. Their step is one
-    fused kernel, so it makes nothing here.
-    """
-
-    BLOCK = 256
-
-    def __init__(self, params: Any, **defaults: Any) -> None:
-        super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0, **defaults})
-
-    @torch.no_grad()
-    def update(self, *_: Any) -> None:
-        """Make the state, and nothing else."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not self.state[p]:
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        self.state[p][name] = torch.zeros(p.numel(), dtype=torch.uint8)
-                        self.state[p][f"{name}_scale"] = torch.zeros(-(-p.numel() // self.BLOCK))
