@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from misa.integration.chunked_loss import LOSSES, ChunkedLoss
+from misa.integration.lean_activations import LeanActivations
 from misa.memory.command import make_optimizer
 from misa.memory.fake import FakeMode, as_on_accelerator, build_fake_model, wrapping
 from misa.memory.models import configuration, longest_sequence
@@ -25,6 +26,8 @@ from misa.models import DTYPES
 #: How the optimizer holds what it knows of bf16 weights; see `misa.optimizer.settings.Settings`.
 STATE_FORMATS = ("master", "fp32", "bf16", "8bit")
 ALL_LAYERS = -1
+#: Fields of a scenario that one laboratory can measure in all their values.
+CHANGEABLE = ("batch_size", "seq_len", "checkpointing", "loss", "lean_activations")
 #: CUDA's caching allocator hands out multiples of this many bytes.
 CUDA_ROUNDING = 512
 _ONE_ROUND = 10**6
@@ -46,6 +49,8 @@ class Scenario:
         dtype: Precision of the weights.
         state_format: For block methods and bf16 weights, one of `STATE_FORMATS`; None is the method's own.
         step_in_backward: For block methods: apply and free each gradient as soon as it is ready.
+        lean_activations: Norms and gated products keep little and are computed again in the backward pass; see
+            `misa.integration.lean_activations`.
         lean_adapters: For LoRA and DoRA: adapters in the precision of the weights instead of fp32.
         num_layers: Layers instead of the model's own number, or None.
     """
@@ -60,6 +65,7 @@ class Scenario:
     dtype: str = "bfloat16"
     state_format: str | None = None
     step_in_backward: bool = False
+    lean_activations: bool = False
     lean_adapters: bool = False
     num_layers: int | None = None
 
@@ -108,7 +114,7 @@ class Laboratory:
     Building takes seconds for 8 billion parameters, and so does each measurement.
 
     Args:
-        scenario: What to build. Batch, sequence, checkpointing and loss can be changed for each measurement.
+        scenario: What to build. Fields in `CHANGEABLE` can be changed for each measurement.
         real: Use real tensors on the CPU, for checks with small models.
         rounding_bytes: Each storage counts as the next multiple of this. Default: CUDA's.
 
@@ -125,6 +131,7 @@ class Laboratory:
         self._rounding = rounding_bytes
         self._mode = None if real else FakeMode()
         self._loss: ChunkedLoss | None = None
+        self._lean: LeanActivations | None = None
         self._samples: dict[int, list[tuple[int, ...]]] = {}
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             # What matters of them (blocks that never fit) is said by the draws.
@@ -227,7 +234,7 @@ class Laboratory:
         """Measure a training step in the steady state.
 
         Args:
-            **changes: Fields of the scenario to change: batch_size, seq_len, checkpointing, loss.
+            **changes: Fields of the scenario to change, out of `CHANGEABLE`.
 
         Returns:
             What the step held.
@@ -235,11 +242,12 @@ class Laboratory:
         Raises:
             ValueError: For other fields, or values out of range.
         """
-        if unknown := set(changes) - {"batch_size", "seq_len", "checkpointing", "loss"}:
+        if unknown := set(changes) - set(CHANGEABLE):
             raise ValueError(f"{', '.join(sorted(unknown))}: cannot be changed without building anew")
         s = replace(self.scenario, **changes)
         s.check_length(self.config)
         self._set_loss(s.loss)
+        self._set_lean(s.lean_activations)
         checkpoint_layers(self.model, s.checkpointing)
         with self._inside():
             self._prime()
@@ -273,6 +281,13 @@ class Laboratory:
         elif loss == "full" and self._loss is not None:
             self._loss.remove()
             self._loss = None
+
+    def _set_lean(self, lean: bool) -> None:
+        if lean and self._lean is None:
+            self._lean = LeanActivations(self.base)
+        elif not lean and self._lean is not None:
+            self._lean.remove()
+            self._lean = None
 
 
 @contextmanager
