@@ -184,6 +184,14 @@ class ClosedForm:
         embedding = w * self.vocabulary * self.hidden if outside["embed"] else 0
         moments["backward end"] = live + embedding + w * tokens * self.hidden
         total = live - base + embedding
+        if s.accumulates:
+            # What is differentiated later has its gradient of an earlier pass already.
+            moments = {
+                name: value + sum(gradients.get(j, 0) for j in range(int(name[6:]) + 1)) + embedding
+                if name.startswith("layer ")
+                else value + (total if name in ("loss", "head") else 0)
+                for name, value in moments.items()
+            }
         if s.step_in_backward:
             moments = {
                 name: value - sum(gradients.get(j, 0) for j in range(int(name[6:]) + 1, self.layers))

@@ -51,6 +51,7 @@ class Scenario:
         step_in_backward: For block methods: apply and free each gradient as soon as it is ready.
         lean_activations: Norms and gated products keep little and are computed again in the backward pass; see
             `misa.integration.lean_activations`.
+        accumulates: Gradients of an earlier pass of the same step are there already.
         lean_adapters: For LoRA and DoRA: adapters in the precision of the weights instead of fp32.
         num_layers: Layers instead of the model's own number, or None.
     """
@@ -66,6 +67,7 @@ class Scenario:
     state_format: str | None = None
     step_in_backward: bool = False
     lean_activations: bool = False
+    accumulates: bool = False
     lean_adapters: bool = False
     num_layers: int | None = None
 
@@ -84,6 +86,8 @@ class Scenario:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {words}")
         if (self.state_format or self.step_in_backward) and not is_blockwise(self.method):
             raise ValueError(f"state_format and step_in_backward belong to block methods; method {self.method} is none")
+        if self.accumulates and self.step_in_backward:
+            raise ValueError("step_in_backward applies each gradient at once, so that none can be accumulated")
         if self.lean_adapters and not has_adapters(self.method):
             raise ValueError(f"lean_adapters belongs to methods with adapters; method {self.method} has none")
 
@@ -117,14 +121,26 @@ class Laboratory:
         scenario: What to build. Fields in `CHANGEABLE` can be changed for each measurement.
         real: Use real tensors on the CPU, for checks with small models.
         rounding_bytes: Each storage counts as the next multiple of this. Default: CUDA's.
+        config: The model's configuration, where there is one at hand; `scenario.model` is a mere name then.
+        on_accelerator: Work in pieces as large as on a GPU; otherwise as on a CPU.
 
     Raises:
         ValueError: For an unknown model or an option the method does not have, or a budget no block fits.
     """
 
-    def __init__(self, scenario: Scenario, real: bool = False, rounding_bytes: int = CUDA_ROUNDING) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        real: bool = False,
+        rounding_bytes: int = CUDA_ROUNDING,
+        *,
+        config: Any = None,
+        on_accelerator: bool = True,
+    ) -> None:
         self.scenario = scenario
-        self.config = configuration(scenario.model)
+        self.config = configuration(scenario.model) if config is None else copy.deepcopy(config)
+        self.config.use_cache = False
+        self._pieces = as_on_accelerator if on_accelerator else _nothing
         if scenario.num_layers is not None:
             self.config.num_hidden_layers = scenario.num_layers
         scenario.check_length(self.config)
@@ -166,7 +182,7 @@ class Laboratory:
         kind, arguments = built.optimizer_cls_and_kwargs
         arguments = {**arguments, **self._engine_settings()}
         # Outside the mode, so that the scores and the draw, which have values, are real numbers.
-        with as_on_accelerator():
+        with self._pieces():
             self.optimizer: Any = make_optimizer(replace(built, optimizer_cls_and_kwargs=(kind, arguments)))
         self._fresh = self.optimizer.state_dict() if self.blocks else None
         self._is_primed = False
@@ -252,12 +268,14 @@ class Laboratory:
         with self._inside():
             self._prime()
             batch = random_batch(self.config.vocab_size, s.batch_size, s.seq_len)
+            if s.accumulates:
+                self._make_gradients()
             gc.collect()
             return measure_step(self.model, self.optimizer, batch, self._rounding)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        with as_on_accelerator(), self._mode or _nothing():
+        with self._pieces(), self._mode or _nothing():
             yield
 
     def _prime(self) -> None:
@@ -268,12 +286,15 @@ class Laboratory:
             loss = sum(p.sum() for p in self.model.parameters() if p.requires_grad)
             loss.backward()  # type: ignore[union-attr]
         else:
-            for p in self.model.parameters():
-                if p.requires_grad:
-                    p.grad = torch.zeros_like(p)
+            self._make_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._is_primed = True
+
+    def _make_gradients(self) -> None:
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
 
     def _set_loss(self, loss: str) -> None:
         if loss == "chunked" and self._loss is None:
