@@ -167,17 +167,15 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = (), **op
         if estimate > 1.03 * limit_bytes:
             reasons.append(f"that takes about {in_gib(estimate)}")
             continue
-        chosen = candidate
-        if candidate.checkpointing == ALL_LAYERS and "checkpointing" not in fixed:
-            peak_of = partial(_worst_with, laboratory)
-            chosen = replace(candidate, checkpointing=fewest_layers(peak_of, laboratory, 0.99 * limit_bytes))
-            if chosen.checkpointing != ALL_LAYERS:
-                reasons.append(f"the lowest {chosen.checkpointing} layers are enough")
-        for setting in (chosen,) if chosen == candidate else (chosen, candidate):
-            peak = measure_worst(laboratory, checkpointing=setting.checkpointing)
-            if peak.peak.total_bytes <= limit_bytes:
-                fits = f"fits: {in_gib(peak.peak.total_bytes)} with the worst draw"
-                return Plan(setting, peak, (*reasons, fits), laboratory)
+        is_free = candidate.checkpointing == ALL_LAYERS and "checkpointing" not in fixed
+        num, peak = (
+            _settle(laboratory, limit_bytes) if is_free else (candidate.checkpointing, measure_worst(laboratory))
+        )
+        if peak.peak.total_bytes <= limit_bytes:
+            if is_free and num != ALL_LAYERS:
+                reasons.append(f"the lowest {num} layers are enough")
+            reasons.append(f"fits: {in_gib(peak.peak.total_bytes)} with the worst draw")
+            return Plan(replace(candidate, checkpointing=num), peak, tuple(reasons), laboratory)
         reasons.append(f"that takes {in_gib(peak.peak.total_bytes)}")
     assert least is not None
     raise ValueError(
@@ -224,6 +222,18 @@ def _options(scenario: Scenario) -> dict[str, Any]:
 def _worst_bytes(laboratory: Laboratory, **changes: Any) -> int:
     draws = Draws(laboratory, **changes)
     return draws.estimate(draws.worst()).peak_bytes
+
+
+def _settle(laboratory: Laboratory, limit_bytes: int) -> tuple[int, StepMemory]:
+    """As few checkpointed layers as fit, by the formula, which the tracker sets right where it promised too much."""
+    limit = 0.99 * limit_bytes
+    for _ in range(2):
+        num = fewest_layers(partial(_worst_with, laboratory), laboratory, limit)
+        peak = measure_worst(laboratory, checkpointing=num)
+        if peak.peak.total_bytes <= limit_bytes or num == ALL_LAYERS:
+            return num, peak
+        limit *= _worst_with(laboratory, num) / peak.peak.total_bytes
+    return ALL_LAYERS, measure_worst(laboratory, checkpointing=ALL_LAYERS)
 
 
 def _worst_with(laboratory: Laboratory, layers: int) -> int:

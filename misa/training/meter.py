@@ -72,8 +72,8 @@ class Meter(TrainerCallback, ExportableState):
         self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Count what this step trains; after the update, a new round may already have begun."""
-        self.active_numel = num_active(_unwrapped(optimizer))
-        self.num_active_blocks = len(getattr(_unwrapped(optimizer), "active", ()))
+        self.active_numel = num_active(unwrapped(optimizer))
+        self.num_active_blocks = len(getattr(unwrapped(optimizer), "active", ()))
         self._watch_state(optimizer)
 
     def on_optimizer_step(
@@ -124,7 +124,7 @@ class Meter(TrainerCallback, ExportableState):
         }
 
     def _watch_state(self, optimizer: Any) -> None:
-        sizes = optimizer_state_bytes(_unwrapped(optimizer))
+        sizes = optimizer_state_bytes(unwrapped(optimizer))
         for name, size in {**sizes, "total": sum(sizes.values())}.items():
             self.state_bytes[name] = max(self.state_bytes.get(name, 0), size)
 
@@ -144,7 +144,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
