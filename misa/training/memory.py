@@ -18,7 +18,7 @@ from misa.memory.scenario import ALL_LAYERS, CUDA_ROUNDING, Scenario
 from misa.memory.sizes import in_gib, parse_bytes
 from misa.memory.step import checkpoint_layers
 from misa.memory.tracker import MemoryTracker
-from misa.training.meter import unwrapped
+from misa.training.meter import Meter, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +128,10 @@ class MemoryWatch(TrainerCallback, ExportableState):
     """Checkpoints the lowest layers that train, as many as each draw needs, and watches a step's memory.
 
     With a plan, the formula says for each draw how many layers that is, set right by what the tracker found for the
-    worst draw. On a CPU each step is tracked; where there is an accelerator, its own count is taken.
+    worst draw. On a CPU each step is tracked; on a GPU its allocator counts.
 
     Attributes:
-        tracked_bytes: Most live bytes of a step so far, residuals in main memory left out; 0 where nothing is tracked.
+        measured_bytes: Most live bytes of a step so far; what an optimizer keeps in main memory is left out.
         estimate_bytes: Largest estimate of a draw so far.
         draw: Blocks of that draw, by name.
         layers: Its checkpointed layers, -1 for all.
@@ -139,15 +139,16 @@ class MemoryWatch(TrainerCallback, ExportableState):
     Args:
         model: What trains.
         chosen: The plan, or None.
+        meter: The run's meter, which looks at the GPU's peak before it is set back.
         layers: Layers to checkpoint for every draw, -1 for all; None, with a plan alone, chooses them for each draw.
         limit_bytes: With a plan: what there is.
     """
 
-    def __init__(self, model: Any, chosen: Plan | None, layers: int | None, limit_bytes: int = 0) -> None:
-        self.tracked_bytes = self.estimate_bytes = 0
+    def __init__(self, model: Any, chosen: Plan | None, meter: Meter, layers: int | None, limit_bytes: int = 0) -> None:
+        self.measured_bytes = self.estimate_bytes = 0
         self.draw: list[str] = []
         self.layers = chosen.scenario.checkpointing if chosen is not None else layers or 0
-        self._model, self._chosen, self._limit = model, chosen, limit_bytes
+        self._model, self._chosen, self._meter, self._limit = model, chosen, meter, limit_bytes
         self._choose = layers is None and self.layers != 0
         self._now: tuple[str, ...] | None = None
         self._stack, self._step_stack = ExitStack(), ExitStack()
@@ -161,13 +162,14 @@ class MemoryWatch(TrainerCallback, ExportableState):
             self._ratio = chosen.peak.peak.total_bytes / self._formula(worst, self.layers)
 
     @classmethod
-    def of(cls, job: Any, model: Any, chosen: Plan | None) -> MemoryWatch | None:
+    def of(cls, job: Any, model: Any, chosen: Plan | None, meter: Meter) -> MemoryWatch | None:
         """The watch of a run, if it has anything to do.
 
         Args:
             job: The run, a `misa.training.run.Job`.
             model: What trains.
             chosen: The plan for its memory budget, or None.
+            meter: The run's meter.
         """
         layers = job.memory.checkpoint_layers
         if chosen is None and layers is None:
@@ -175,11 +177,11 @@ class MemoryWatch(TrainerCallback, ExportableState):
         if chosen is not None and job.training.gradient_checkpointing:
             layers = ALL_LAYERS
         limit = parse_bytes(job.memory.memory_budget, "memory_budget") if chosen is not None else 0
-        return cls(model, chosen, layers, limit)
+        return cls(model, chosen, meter, layers, limit)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, in the form transformers asks for."""
-        names = ("tracked_bytes", "estimate_bytes", "draw", "layers")
+        names = ("measured_bytes", "estimate_bytes", "draw", "layers")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -197,7 +199,11 @@ class MemoryWatch(TrainerCallback, ExportableState):
         if active != self._now:
             self._now = active
             self._set_layers(active)
-        if self._chosen is None or torch.accelerator.is_available():
+        if self._chosen is None:
+            return
+        if torch.cuda.is_available():
+            self._meter.look()
+            torch.cuda.reset_peak_memory_stats()
             return
         self._tracker = tracker = MemoryTracker()
         tracker.watch_model(self._model)
@@ -224,8 +230,10 @@ class MemoryWatch(TrainerCallback, ExportableState):
         self._step_stack.close()
         self._stack.close()
         if self._tracker is not None:
-            self.tracked_bytes = max(self.tracked_bytes, self._tracker.peak.total_bytes - self._beside)
+            self.measured_bytes = max(self.measured_bytes, self._tracker.peak.total_bytes - self._beside)
             self._tracker = None
+        elif self._chosen is not None and torch.cuda.is_available():
+            self.measured_bytes = max(self.measured_bytes, torch.cuda.max_memory_allocated())
 
     def _set_layers(self, active: tuple[str, ...]) -> None:
         if self._chosen is not None:
@@ -242,11 +250,8 @@ class MemoryWatch(TrainerCallback, ExportableState):
         assert self._chosen is not None
         return Draws(self._chosen.laboratory, 1, checkpointing=layers).estimate(draw).peak_bytes
 
-    def report(self, device_bytes: int) -> tuple[dict[str, float], dict[str, Any]]:
+    def report(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Predict the largest draw by the tracker, and say how that compares with what was measured.
-
-        Args:
-            device_bytes: Largest memory of the accelerator's tensors; 0 without one.
 
         Returns:
             Peaks for the result file, and the plan for its configuration; nothing without a plan.
@@ -257,13 +262,11 @@ class MemoryWatch(TrainerCallback, ExportableState):
         laboratory.switch_to([self._index[name] for name in self.draw])
         setting = {"loss": s.loss, "lean_activations": s.lean_activations, "checkpointing": self.layers}
         predicted = laboratory.measure(**setting).peak.total_bytes
-        measured = device_bytes or self.tracked_bytes
+        measured = self.measured_bytes
         logger.info(
             "memory: predicted %s, measured %s (%+.1f %%) of %s",
             *(in_gib(predicted), in_gib(measured), 100 * (measured / predicted - 1), in_gib(self._limit)),
         )
-        peaks = {"budget_bytes": self._limit, "predicted_bytes": predicted}
-        if self.tracked_bytes:
-            peaks["tracked_bytes"] = self.tracked_bytes
+        peaks = {"budget_bytes": self._limit, "predicted_bytes": predicted, "measured_bytes": measured}
         found = {**asdict(s), "reasons": list(self._chosen.reasons), "checkpointed_at_peak": self.layers}
         return peaks, {"memory_plan": found}

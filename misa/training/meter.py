@@ -45,7 +45,7 @@ class Meter(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, in the form transformers asks for."""
-        self._watch_time_and_memory()
+        self.look()
         names = ("train_s", "wall_s", "durations_s", "rss_bytes", "device_bytes", "state_bytes", "active_numel")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
@@ -97,12 +97,12 @@ class Meter(TrainerCallback, ExportableState):
     @property
     def peak_bytes(self) -> int:
         """Largest memory so far: of the accelerator's tensors where there is one, else of the process."""
-        self._watch_time_and_memory()
+        self.look()
         return self.device_bytes or self.rss_bytes
 
     def peaks(self) -> dict[str, float]:
         """Return the largest sizes seen, bytes."""
-        self._watch_time_and_memory()
+        self.look()
         peaks: dict[str, float] = {"rss_bytes": self.rss_bytes, "state_bytes": self.state_bytes.get("total", 0)}
         peaks |= {f"state_{name}_bytes": size for name, size in self.state_bytes.items() if name != "total"}
         if self.device_bytes:
@@ -115,7 +115,7 @@ class Meter(TrainerCallback, ExportableState):
         Args:
             num_tokens: Tokens trained on.
         """
-        self._watch_time_and_memory()
+        self.look()
         return {
             "train_s": self.train_s,
             "wall_s": self.wall_s,
@@ -128,7 +128,8 @@ class Meter(TrainerCallback, ExportableState):
         for name, size in {**sizes, "total": sum(sizes.values())}.items():
             self.state_bytes[name] = max(self.state_bytes.get(name, 0), size)
 
-    def _watch_time_and_memory(self) -> None:
+    def look(self) -> None:
+        """Read the clock and the peaks of memory."""
         now = time.perf_counter()
         self.wall_s += now - self._begun
         self._begun = now

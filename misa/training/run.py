@@ -293,7 +293,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         callbacks=[meter, Schedule(evaluate_at_end=parts.eval_dataset is not None)],
     )
     trainer.stop_on_nan = job.run.stop_on_nan
-    if (watch := MemoryWatch.of(job, built.model, plan)) is not None:
+    if (watch := MemoryWatch.of(job, built.model, plan, meter)) is not None:
         trainer.watch = watch
         trainer.add_callback(watch)
     require_space(job, built)
@@ -355,7 +355,7 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
             parts.tokenizer.save_pretrained(folder)
     write_curves(points, output / CURVES_FILE)
     peaks = meter.peaks()
-    predicted, planned = trainer.watch.report(meter.device_bytes) if trainer.watch is not None else ({}, {})
+    predicted, planned = trainer.watch.report() if trainer.watch is not None else ({}, {})
     result = Result(
         run=job.name,
         kind=job.kind,
