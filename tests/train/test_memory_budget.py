@@ -17,8 +17,8 @@ from misa.results import read_result
 
 from .conftest import Killed
 
-SIZES = {"budget": 0.2, "interval": 2, "max_length": 256, "per_device_train_batch_size": 4, "max_eval_tokens": 512}
-WORDS = {**SIZES, "model_config": "2m", "dtype": "bfloat16", "max_steps": 4, "save_steps": 2}
+SIZES = {"budget": 0.2, "interval": 2, "max_length": 256, "per_device_train_batch_size": 4, "max_eval_tokens": 256}
+WORDS = {**SIZES, "model_config": "2m", "dtype": "bfloat16", "max_steps": 3, "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_run_stays_inside_its_memory_and_near_its_prediction_also_when_killed(
     assert "- chunked loss: never holds all logits" in caplog.text
     assert "memory: predicted" in caplog.text
 
-    kill_at(3)
+    kill_at(2)
     with pytest.raises(Killed):
         pretrain.main(pretrain_words("killed", **words))
     kill_at(None)
