@@ -39,6 +39,8 @@ def plan_run(job: Any, config: Any) -> Plan:
     for name in ("bf16", "fp16"):
         if getattr(arguments, name):
             raise ValueError(f"memory_budget: cannot predict autocast ({name}); choose the weights' type with --dtype")
+    if arguments.world_size > 1:
+        raise ValueError(f"memory_budget: predicts one process, and there are {arguments.world_size}")
     given = job.method.given()
     layers = memory.checkpoint_layers
     if layers is None:
