@@ -36,8 +36,9 @@ def make_inner(
         return settings.inner(groups, **settings.inner_kwargs)
     if settings.state_format == "master":
         return FusedAdamW(groups, weights=weights)
-    moments = torch.float32 if settings.state_format == "fp32" else torch.bfloat16
-    return RoundedAdamW(groups, generator=generator, moments_dtype=moments)
+    from misa.rounded import RoundedAdamW
+
+    return RoundedAdamW(groups, generator=generator, moments=settings.state_format)
 
 
 def make_master(weight: Tensor, residual: Tensor | None, edited: bool) -> Tensor:
@@ -151,7 +152,7 @@ class FusedAdamW:
                 if weight.grad is None:
                     continue
                 room = None if weight is p or not weight.is_contiguous() else rooms[p.device]
-                for part in _parts(weight, room):
+                for part in parts(weight, None if room is None else room.numel()):
                     if batch is None or not batch.admits(p, weight is p, room, part):
                         batch = _Batch(group, p, weight is p, room)
                         batches.append(batch)
@@ -176,14 +177,15 @@ class FusedAdamW:
         return torch.empty(length, dtype=torch.float32, device=device)
 
 
-def _parts(weight: Tensor, room: Tensor | None) -> list[slice | None]:
-    """Slices of a flattened tensor that fit into the workspace; None for a tensor taken as it is."""
-    if room is None or weight.numel() <= room.numel():
+def parts(weight: Tensor, length: int | None) -> list[slice | None]:
+    """Slices of a flattened tensor of at most this length; None for a tensor taken as it is."""
+    if length is None or weight.numel() <= length:
         return [None]
-    return [slice(a, min(a + room.numel(), weight.numel())) for a in range(0, weight.numel(), room.numel())]
+    return [slice(a, min(a + length, weight.numel())) for a in range(0, weight.numel(), length)]
 
 
-def _cut(tensor: Tensor, part: slice | None) -> Tensor:
+def cut(tensor: Tensor, part: slice | None) -> Tensor:
+    """One of the `parts` of a tensor; of a contiguous one a view."""
     return tensor if part is None else tensor.reshape(-1)[part]
 
 
@@ -225,12 +227,12 @@ class _Batch:
 
     def add(self, p: Tensor, state: dict[str, Tensor], weight: Tensor, part: slice | None) -> None:
         self.params.append(p)
-        self.targets.append(_cut(p.detach(), part))
-        self.exp_avgs.append(_cut(state["exp_avg"], part))
-        self.exp_avg_sqs.append(_cut(state["exp_avg_sq"], part))
+        self.targets.append(cut(p.detach(), part))
+        self.exp_avgs.append(cut(state["exp_avg"], part))
+        self.exp_avg_sqs.append(cut(state["exp_avg_sq"], part))
         self.sources.append((weight, part))
         if not self.direct:
-            self.weights.append(_cut(weight.detach(), part))
+            self.weights.append(cut(weight.detach(), part))
         if self.room is not None:
             end = self.used + _length(p, part)
             self.wide.append(self.room[self.used : end].view_as(self.targets[-1]))
@@ -238,7 +240,7 @@ class _Batch:
 
     def step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         grads: list[Any] = [
-            w.grad if part is None else _cut(w.grad, part) for w, part in self.sources if w.grad is not None
+            w.grad if part is None else cut(w.grad, part) for w, part in self.sources if w.grad is not None
         ]
         if self.wide:
             torch._foreach_copy_(self.wide, grads)
@@ -284,62 +286,6 @@ def fused_adamw(
         grad_scale=None if grad_scale is None else grad_scale.to(device),
         found_inf=None if found_inf is None else found_inf.to(device),
     )
-
-
-class RoundedAdamW(torch.optim.Optimizer):
-    """AdamW without master copies: arithmetic in fp32, results rounded stochastically to bf16.
-
-    Each tensor is widened, updated by the fused kernel and rounded back up or down with the probability that makes
-    the rounding right on average, so that updates below the spacing of bf16 are not lost. The wide copy lives for one
-    tensor at a time. Moments are kept in `moments_dtype`: fp32, or bf16 rounded in the same way.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        generator: torch.Generator,
-        moments_dtype: torch.dtype = torch.float32,
-        **defaults: Any,
-    ) -> None:
-        super().__init__(params, defaults)
-        self._generator = generator
-        self._moments_dtype = moments_dtype
-
-    @torch.no_grad()
-    def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
-        """One step on every tensor that has a gradient; arguments as for `FusedAdamW.update`."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                    state["exp_avg"] = torch.zeros_like(p, dtype=self._moments_dtype)
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=self._moments_dtype)
-                narrow = (p.detach(), state["exp_avg"], state["exp_avg_sq"])
-                wide = [t.float() for t in narrow]
-                state["step"] += 1
-                lists = ([wide[0]], [p.grad.float()], [wide[1]], [wide[2]], [state["step"]])
-                fused_adamw(*lists, group, found_inf, grad_scale)
-                if found_inf is not None:
-                    state["step"] -= found_inf.to(p.device)
-                for out, value in zip(narrow, wide, strict=True):
-                    if out is not value:
-                        round_stochastically_(out, value, self._generator)
-
-
-def round_stochastically_(out: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """Write fp32 `value` into bf16 `out`, rounding up with a probability equal to the fraction cut off.
-
-    A bf16 number is the upper half of an fp32 number's bits, so adding a uniform 16-bit integer before cutting the
-    lower half does it. Non-finite values are copied as they are.
-    """
-    bits = value.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=generator.device, generator=generator)
-    rounded = ((bits + noise.to(bits.device)) & -65536).view(torch.float32)
-    out.copy_(torch.where(torch.isfinite(value), rounded, value))
 
 
 class BoundedAdam(torch.optim.Optimizer):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from misa.models import LoadingOptions
-from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+from misa.training.options import CommonTrainingOptions, MemoryOptions, MethodOptions, RunOptions, parse
 from misa.training.published import translate_pretrain
 
 PROG = "misa.pretrain"
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def job() -> Any:
         options = parse(
-            (RunOptions, PretrainOptions, MethodOptions, CommonTrainingOptions, LoadingOptions),
+            (RunOptions, PretrainOptions, MethodOptions, MemoryOptions, CommonTrainingOptions, LoadingOptions),
             translate_pretrain(sys.argv[1:] if argv is None else argv),
             prog=PROG,
             usage=USAGE,
@@ -97,8 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Blocks are all equally long, and their end tokens are text, not padding.
             defaults={"include_num_input_tokens_seen": "all"},
         )
-        run, pretrain, method, _, loading, training = options
-        return make_job(run, pretrain, method, training, argv, loading)
+        run, pretrain, method, memory, _, loading, training = options
+        return make_job(run, pretrain, method, training, argv, loading, memory)
 
     try:
         from misa.training.run import run_command
@@ -115,6 +115,7 @@ def make_job(
     training: Any,
     argv: Sequence[str] | None = None,
     loading: LoadingOptions | None = None,
+    memory: MemoryOptions | None = None,
 ) -> Any:
     """Describe a pre-training run for `misa.training.run.carry_out`.
 
@@ -125,6 +126,7 @@ def make_job(
         training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
         argv: Command line to record; None takes the process's.
         loading: How model and tokenizer are loaded; None means the defaults.
+        memory: What is done to need less memory; None means nothing.
 
     Raises:
         ValueError: If a file is missing or malformed, or a setting is out of range.
@@ -215,6 +217,7 @@ def make_job(
         kind="pretrain",
         run=run,
         method=method,
+        memory=memory or MemoryOptions(),
         training=training,
         settings=settings,
         model=Path(pretrain.model_config).stem,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from misa.models import LoadingOptions
-from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+from misa.training.options import CommonTrainingOptions, MemoryOptions, MethodOptions, RunOptions, parse
 from misa.training.published import TASKS, translate_train
 
 PROG = "misa.train"
@@ -93,14 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here so that --help does not wait for it.
     def job() -> Any:
         options = parse(
-            (RunOptions, FinetuneOptions, MethodOptions, CommonTrainingOptions, LoadingOptions),
+            (RunOptions, FinetuneOptions, MethodOptions, MemoryOptions, CommonTrainingOptions, LoadingOptions),
             translate_train(sys.argv[1:] if argv is None else argv),
             prog=PROG,
             usage=USAGE,
             description=__doc__ or "",
         )
-        run, finetune, method, _, loading, training = options
-        return make_job(run, finetune, method, training, argv, loading)
+        run, finetune, method, memory, _, loading, training = options
+        return make_job(run, finetune, method, training, argv, loading, memory)
 
     try:
         from misa.training.run import run_command
@@ -117,6 +117,7 @@ def make_job(
     training: Any,
     argv: Sequence[str] | None = None,
     loading: LoadingOptions | None = None,
+    memory: MemoryOptions | None = None,
 ) -> Any:
     """Describe a fine-tuning run for `misa.training.run.carry_out`.
 
@@ -127,6 +128,7 @@ def make_job(
         training: `transformers.TrainingArguments`; its output_dir is the checkpoint folder.
         argv: Command line to record; None takes the process's.
         loading: How model and tokenizer are loaded; None means the defaults.
+        memory: What is done to need less memory; None means nothing.
 
     Raises:
         ValueError: If a file is missing or malformed, or a setting is out of range.
@@ -189,6 +191,7 @@ def make_job(
         kind="finetune",
         run=run,
         method=method,
+        memory=memory or MemoryOptions(),
         training=training,
         settings=settings,
         model=Path(finetune.model_name_or_path).name,

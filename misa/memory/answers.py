@@ -77,6 +77,8 @@ def _levers(scenario: Scenario, laboratory: Laboratory) -> list[dict[str, Any]]:
         changes.append(("--loss chunked", {"loss": "chunked"}))
     if scenario.checkpointing != ALL_LAYERS:
         changes.append(("--checkpointing", {"checkpointing": ALL_LAYERS}))
+    if not scenario.lean_activations:
+        changes.append(("--lean_activations", {"lean_activations": True}))
     if scenario.loss == "full" and scenario.checkpointing != ALL_LAYERS:
         both = {"loss": "chunked", "checkpointing": ALL_LAYERS}
         changes.append(("--loss chunked --checkpointing", both))
@@ -153,7 +155,7 @@ def compare(base: Scenario, variants: Sequence[str], folder: Path | None) -> lis
 
 
 def _of(variant: Variant, base: Scenario) -> Scenario:
-    same = ("model", "batch_size", "seq_len", "checkpointing", "loss", "dtype")
+    same = ("model", "batch_size", "seq_len", "checkpointing", "loss", "dtype", "lean_activations")
     return variant.scenario(**{name: getattr(base, name) for name in same})
 
 
@@ -204,7 +206,7 @@ def fit(base: Scenario, variants: Sequence[str], limit_bytes: int) -> list[dict[
     for name in variants:
         variant = VARIANTS[name]
         laboratory = Laboratory(_of(variant, base))
-        most = largest_batch(laboratory, limit_bytes, checkpointing=base.checkpointing, loss=base.loss)
+        most = largest_batch(laboratory, limit_bytes)
         found.append({"variant": name, "label": variant.label, **most})
         if most["num_tokens"]:
             sizes = f"{most['num_tokens']:6} tokens ({most['batch_size']} x {most['seq_len']})"
@@ -246,6 +248,7 @@ def print_plan(chosen: Plan) -> None:
     print(f"  budget         {s.options.get('budget', 'of the method')}")
     print(f"  loss           {s.loss}")
     print(f"  checkpointing  {'all layers' if s.checkpointing == ALL_LAYERS else f'{s.checkpointing} layers'}")
+    print(f"  activations    {'lean' if s.lean_activations else 'all kept'}")
     print(f"  state format   {s.state_format or 'master'}")
     for reason in chosen.reasons:
         print(f"- {reason}")

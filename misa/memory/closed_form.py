@@ -36,13 +36,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from misa.integration.chunked_loss import CHUNK_TOKENS
-from misa.memory.scenario import EightBitStates, Scenario
+from misa.memory.scenario import Scenario
+from misa.rounded import BLOCK, OTHER_CHUNK_NUMEL
 
 # Bytes a trained parameter holds in the optimizer, by state format (bf16 weights).
 _MASTER, _MOMENTS = 4, 8
 _WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
-# Bytes for each element of the largest trained tensor while it is updated without a master copy.
-_ROUNDING_BYTES = {"fp32": 24, "bf16": 32}
+# Bytes for each element of a piece of a tensor while it is updated without a master copy.
+_ROUNDING_BYTES = {"fp32": 24, "bf16": 32, "8bit": 50}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -167,18 +168,30 @@ class ClosedForm:
             moments["loss"] = base + sum(saved) + ends + chunk + head_gradient + w * tokens * self.hidden
         live = base + head_gradient + w * outside["norm"]
         # Three matrices for the gradients of gate, up and their product; when they exist, what down kept is gone.
-        flow = w * tokens * (3 * self.inner + self.hidden)
+        is_lean = s.lean_activations and not adapters
+        flow = w * tokens * ((2 if is_lean else 3) * self.inner + self.hidden)
         if adapters:
             flow += self.tokens * self.inner * (-w if width == w else 4 * (s.options.get("lora_dropout", 0.0) > 0))
         for i in reversed(range(lowest, self.layers)):
             passes = i > lowest or bool(outside["embed"]) or bool(set(by_layer.get(i, {})) - {"down_proj"})
             down = width * by_layer.get(i, {}).get("down_proj", 0)
-            kept = sum(saved[:i]) + max(whole[i], saved[i]) + (w * tokens * self.hidden if saved[i] < whole[i] else 0)
+            below = i > lowest or bool(outside["embed"])
+            # A lean norm keeps the very input that checkpointing kept.
+            again = w * tokens * self.hidden if saved[i] < whole[i] and not (s.lean_activations and below) else 0
+            kept = sum(saved[:i]) + max(whole[i], saved[i]) + again
             moments[f"layer {i}"] = live + kept + down + (flow if passes else 2 * w * tokens * self.hidden)
             live += gradients.get(i, 0)
         embedding = w * self.vocabulary * self.hidden if outside["embed"] else 0
         moments["backward end"] = live + embedding + w * tokens * self.hidden
         total = live - base + embedding
+        if s.accumulates:
+            # What is differentiated later has its gradient of an earlier pass already.
+            moments = {
+                name: value + sum(gradients.get(j, 0) for j in range(int(name[6:]) + 1)) + embedding
+                if name.startswith("layer ")
+                else value + (total if name in ("loss", "head") else 0)
+                for name, value in moments.items()
+            }
         if s.step_in_backward:
             moments = {
                 name: value - sum(gradients.get(j, 0) for j in range(int(name[6:]) + 1, self.layers))
@@ -193,14 +206,14 @@ class ClosedForm:
 
     def _layer_bytes(self, trained: Iterable[str], below: bool, adapter_bytes: int | None) -> int:
         """What one layer keeps; `below` says whether its input is differentiated."""
-        trains, w, tokens = set(trained), self.bytes, self.tokens
-        norm = 4 * tokens * (self.hidden + 1)
+        trains, w, tokens, lean = set(trained), self.bytes, self.tokens, self.scenario.lean_activations
         read = w * tokens * self.hidden
+        norm = read if lean else 4 * tokens * (self.hidden + 1)
         wide = w * tokens * self.inner
         kept = norm if below else 0
         flows = below
         if "input_layernorm" in trains:
-            kept, flows = kept + read, True
+            kept, flows = kept + (norm if lean and not below else 0 if lean else read), True
         if trains & _QKV and adapter_bytes != 4:
             kept += read
         flows = flows or bool(trains & _QKV)
@@ -212,13 +225,14 @@ class ClosedForm:
         flows = flows or "o_proj" in trains
         kept += norm if flows else 0
         if "post_attention_layernorm" in trains:
-            kept, flows = kept + read, True
+            kept, flows = kept + (0 if lean and flows else read), True
         if trains & _GATE_UP and adapter_bytes != 4:
             kept += read
         gate, up = flows or "gate_proj" in trains, flows or "up_proj" in trains
-        kept += wide * (2 * gate + up)
-        if "down_proj" in trains and adapter_bytes != 4:
-            kept += wide
+        if lean and adapter_bytes is None:
+            kept += 2 * wide * bool(gate or up or "down_proj" in trains)
+        else:
+            kept += wide * (2 * gate + up + ("down_proj" in trains and adapter_bytes != 4))
         if adapter_bytes is not None:
             kept += self._adapter_bytes(trains, adapter_bytes)
         return kept
@@ -238,7 +252,7 @@ class ClosedForm:
         if adapters:
             return 2 * width * num
         if s.state_format == "8bit":
-            return 2 * num + 8 * num // EightBitStates.BLOCK
+            return 2 * num + 8 * num // BLOCK
         if self.bytes == 4:
             return _MOMENTS * num
         if s.state_format in ("fp32", "bf16"):
@@ -248,8 +262,8 @@ class ClosedForm:
     def _step_bytes(self, trained: Mapping[str, int]) -> int:
         s = self.scenario
         if s.state_format in _ROUNDING_BYTES:
-            return _ROUNDING_BYTES[s.state_format] * max(trained.values(), default=0)
-        if self.bytes == 4 or s.state_format == "8bit" or any("lora_" in name for name in trained):
+            return _ROUNDING_BYTES[s.state_format] * min(max(trained.values(), default=0), OTHER_CHUNK_NUMEL)
+        if self.bytes == 4 or any("lora_" in name for name in trained):
             return 0
         return min(4 * sum(trained.values()), _WORKSPACE_BYTES)
 

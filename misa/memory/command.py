@@ -66,6 +66,10 @@ class MemoryArguments:
     step_in_backward: bool = field(
         default=False, metadata={"help": "With --model, for block methods: apply each gradient as soon as it is ready."}
     )
+    lean_activations: bool = field(
+        default=False,
+        metadata={"help": "With --model: norms and gated products keep little, and are computed again."},
+    )
     lean_adapters: bool = field(
         default=False, metadata={"help": "With --model, for LoRA and DoRA: adapters in the type of the weights."}
     )
@@ -131,7 +135,8 @@ class MemoryArguments:
             layers = ALL_LAYERS if self.gradient_checkpointing else 0
         elif layers < 0:
             raise ValueError(f"checkpoint_layers is {layers}; it must be 0 or more")
-        same = ("method", "batch_size", "seq_len", "loss", "dtype", "state_format", "step_in_backward", "lean_adapters")
+        same = ("method", "batch_size", "seq_len", "loss", "dtype", "state_format", "step_in_backward")
+        same += ("lean_activations", "lean_adapters")
         fields = {name: getattr(self, name) for name in same}
         return Scenario(model=str(self.model), options=self.given_options(), checkpointing=layers, **fields)
 
@@ -142,6 +147,7 @@ class MemoryArguments:
             "loss": self.loss != "full",
             "checkpointing": self.gradient_checkpointing or self.checkpoint_layers is not None,
             "state_format": self.state_format is not None,
+            "lean_activations": self.lean_activations,
         }
         return tuple(name for name, is_given in given.items() if is_given)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from misa.memory.draws import Draws, has_closed_form
@@ -119,23 +120,28 @@ class Plan:
         scenario: The setting.
         peak: Of the worst draw that was found, by the tracker.
         reasons: What was given up for memory, in the order in which it was tried.
+        laboratory: In which the peak was measured.
     """
 
     scenario: Scenario
     peak: StepMemory
     reasons: tuple[str, ...]
+    laboratory: Laboratory
 
 
-def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = ()) -> Plan:
+def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = (), **options: Any) -> Plan:
     """Choose loss, checkpointing, state format and budget, so that a step of a block method fits.
 
-    What costs least is tried first: the chunked loss, which costs nothing; checkpointing as few layers as will do;
-    then smaller optimizer states; then a smaller budget, which changes what is trained.
+    What costs least is tried first: the chunked loss, which costs nothing; lean activations, which cost little;
+    checkpointing as few layers as will do; then smaller optimizer states; then a smaller budget, which changes what
+    is trained.
 
     Args:
         scenario: Model, method, batch, sequence and precision.
         limit_bytes: What there is.
-        fixed: Fields that the caller chose and that stay: "checkpointing", "loss", "state_format", "budget".
+        fixed: Fields that the caller chose and that stay: "checkpointing", "loss", "lean_activations",
+            "state_format", "budget".
+        **options: Of the `Laboratory`: the model's configuration, and where it is to run.
 
     Raises:
         ValueError: If nothing fits, with what the least setting takes, or for a method without blocks.
@@ -148,7 +154,7 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = ()) -> P
         if words:
             reasons.append(words)
         try:
-            laboratory = Laboratory(candidate)
+            laboratory = Laboratory(candidate, **options)
         except ValueError:
             if candidate.options == scenario.options or least is None:
                 raise
@@ -161,15 +167,15 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = ()) -> P
         if estimate > 1.03 * limit_bytes:
             reasons.append(f"that takes about {in_gib(estimate)}")
             continue
-        chosen = candidate
-        if candidate.checkpointing == ALL_LAYERS and "checkpointing" not in fixed:
-            chosen = replace(candidate, checkpointing=_fewest_layers(laboratory, limit_bytes))
-            if chosen.checkpointing != ALL_LAYERS:
-                reasons.append(f"the lowest {chosen.checkpointing} layers are enough")
-        for setting in (chosen,) if chosen == candidate else (chosen, candidate):
-            peak = measure_worst(laboratory, checkpointing=setting.checkpointing)
-            if peak.peak.total_bytes <= limit_bytes:
-                return Plan(setting, peak, (*reasons, f"fits: {in_gib(peak.peak.total_bytes)} with the worst draw"))
+        is_free = candidate.checkpointing == ALL_LAYERS and "checkpointing" not in fixed
+        num, peak = (
+            _settle(laboratory, limit_bytes) if is_free else (candidate.checkpointing, measure_worst(laboratory))
+        )
+        if peak.peak.total_bytes <= limit_bytes:
+            if is_free and num != ALL_LAYERS:
+                reasons.append(f"the lowest {num} layers are enough")
+            reasons.append(f"fits: {in_gib(peak.peak.total_bytes)} with the worst draw")
+            return Plan(replace(candidate, checkpointing=num), peak, tuple(reasons), laboratory)
         reasons.append(f"that takes {in_gib(peak.peak.total_bytes)}")
     assert least is not None
     raise ValueError(
@@ -187,6 +193,9 @@ def _candidates(scenario: Scenario, fixed: tuple[str, ...]) -> Iterator[tuple[Sc
     if "loss" not in fixed:
         now = replace(now, loss="chunked")
         yield now, "chunked loss: never holds all logits, costs no time"
+    if "lean_activations" not in fixed:
+        now = replace(now, lean_activations=True)
+        yield now, "lean activations: computes norms and gated products twice"
     if "checkpointing" not in fixed:
         now = replace(now, checkpointing=ALL_LAYERS)
         yield now, "checkpointing: computes layers twice"
@@ -215,12 +224,34 @@ def _worst_bytes(laboratory: Laboratory, **changes: Any) -> int:
     return draws.estimate(draws.worst()).peak_bytes
 
 
-def _fewest_layers(laboratory: Laboratory, limit_bytes: int) -> int:
-    """Layers to checkpoint by the formula, with 1 % to spare; all if none fewer will do."""
+def _settle(laboratory: Laboratory, limit_bytes: int) -> tuple[int, StepMemory]:
+    """As few checkpointed layers as fit, by the formula, which the tracker sets right where it promised too much."""
+    limit = 0.99 * limit_bytes
+    for _ in range(2):
+        num = fewest_layers(partial(_worst_with, laboratory), laboratory, limit)
+        peak = measure_worst(laboratory, checkpointing=num)
+        if peak.peak.total_bytes <= limit_bytes or num == ALL_LAYERS:
+            return num, peak
+        limit *= _worst_with(laboratory, num) / peak.peak.total_bytes
+    return ALL_LAYERS, measure_worst(laboratory, checkpointing=ALL_LAYERS)
+
+
+def _worst_with(laboratory: Laboratory, layers: int) -> int:
+    return _worst_bytes(laboratory, checkpointing=layers)
+
+
+def fewest_layers(peak: Callable[[int], int], laboratory: Laboratory, limit_bytes: float) -> int:
+    """Layers to checkpoint; all if none fewer will do.
+
+    Args:
+        peak: Bytes with so many layers checkpointed.
+        laboratory: Whose model has the layers.
+        limit_bytes: What there is.
+    """
     low, high = 0, laboratory.config.num_hidden_layers
     while low < high:
         middle = (low + high) // 2
-        if _worst_bytes(laboratory, checkpointing=middle) <= 0.99 * limit_bytes:
+        if peak(middle) <= limit_bytes:
             high = middle
         else:
             low = middle + 1
@@ -232,6 +263,7 @@ def _words(scenario: Scenario) -> str:
     parts = [
         f"budget {scenario.options['budget']:g}" if "budget" in scenario.options else "",
         f"{scenario.loss} loss",
+        "lean activations" if scenario.lean_activations else "",
         "all layers checkpointed" if layers == ALL_LAYERS else f"{layers} layers checkpointed",
         f"states {scenario.state_format}" if scenario.state_format else "",
     ]

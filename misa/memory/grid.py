@@ -146,7 +146,9 @@ def measure_levers(model: str) -> Rows:
 
     rows: Rows = {table: [] for table in TABLES}
     plain = Scenario(model=model, method="misa", options={"budget": LEVERS_BUDGET}, seq_len=2048)
-    chunked = {"checkpointing": ALL_LAYERS, "loss": "chunked"}
+    chunked: dict[str, Any] = {"checkpointing": ALL_LAYERS, "loss": "chunked"}
+    lean = {**chunked, "lean_activations": True}
+    smallest = [(", chunked loss, checkpointing", chunked), (", chunked loss, checkpointing, lean activations", lean)]
     ladder: list[tuple[str, dict[str, Any], list[tuple[str, dict[str, Any]]]]] = [
         (
             "fp32 master and moments",
@@ -159,15 +161,15 @@ def measure_levers(model: str) -> Rows:
                 (", chunked loss, 16 layers checkpointed", {"loss": "chunked", "checkpointing": 16}),
                 (", chunked loss, 24 layers checkpointed", {"loss": "chunked", "checkpointing": 24}),
                 (", chunked loss, checkpointing", chunked),
+                (", lean activations", {"lean_activations": True}),
+                (", chunked loss, lean activations", {"loss": "chunked", "lean_activations": True}),
+                (", chunked loss, checkpointing, lean activations", lean),
             ],
         ),
-        ("bf16 moments", {"state_format": "bf16"}, [(", chunked loss, checkpointing", chunked)]),
-        ("8-bit moments", {"state_format": "8bit"}, [(", chunked loss, checkpointing", chunked)]),
-        (
-            "8-bit moments, step in the backward pass",
-            {"state_format": "8bit", "step_in_backward": True},
-            [(", chunked loss, checkpointing", chunked)],
-        ),
+        ("bf16 moments", {"state_format": "bf16"}, smallest),
+        ("bf16 moments, step in the backward pass", {"state_format": "bf16", "step_in_backward": True}, smallest[1:]),
+        ("8-bit moments", {"state_format": "8bit"}, smallest),
+        ("8-bit moments, step in the backward pass", {"state_format": "8bit", "step_in_backward": True}, smallest),
     ]
     for states, fields, settings in ladder:
         laboratory = Laboratory(plain if not fields else Scenario(**{**vars(plain), **fields}))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from misa.integration.chunked_loss import LOSSES, ChunkedLoss
+from misa.integration.lean_activations import LeanActivations
 from misa.memory.command import make_optimizer
 from misa.memory.fake import FakeMode, as_on_accelerator, build_fake_model, wrapping
 from misa.memory.models import configuration, longest_sequence
@@ -22,9 +23,11 @@ from misa.memory.step import StepMemory, checkpoint_layers, measure_step, random
 from misa.methods import METHODS, build
 from misa.models import DTYPES
 
-#: How the optimizer holds what it knows of bf16 weights; "8bit" is emulated, see `EightBitStates`.
+#: How the optimizer holds what it knows of bf16 weights; see `misa.optimizer.settings.Settings`.
 STATE_FORMATS = ("master", "fp32", "bf16", "8bit")
 ALL_LAYERS = -1
+#: Fields of a scenario that one laboratory can measure in all their values.
+CHANGEABLE = ("batch_size", "seq_len", "checkpointing", "loss", "lean_activations")
 #: CUDA's caching allocator hands out multiples of this many bytes.
 CUDA_ROUNDING = 512
 _ONE_ROUND = 10**6
@@ -46,6 +49,9 @@ class Scenario:
         dtype: Precision of the weights.
         state_format: For block methods and bf16 weights, one of `STATE_FORMATS`; None is the method's own.
         step_in_backward: For block methods: apply and free each gradient as soon as it is ready.
+        lean_activations: Norms and gated products keep little and are computed again in the backward pass; see
+            `misa.integration.lean_activations`.
+        accumulates: Gradients of an earlier pass of the same step are there already.
         lean_adapters: For LoRA and DoRA: adapters in the precision of the weights instead of fp32.
         num_layers: Layers instead of the model's own number, or None.
     """
@@ -60,6 +66,8 @@ class Scenario:
     dtype: str = "bfloat16"
     state_format: str | None = None
     step_in_backward: bool = False
+    lean_activations: bool = False
+    accumulates: bool = False
     lean_adapters: bool = False
     num_layers: int | None = None
 
@@ -78,6 +86,8 @@ class Scenario:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {words}")
         if (self.state_format or self.step_in_backward) and not is_blockwise(self.method):
             raise ValueError(f"state_format and step_in_backward belong to block methods; method {self.method} is none")
+        if self.accumulates and self.step_in_backward:
+            raise ValueError("step_in_backward applies each gradient at once, so that none can be accumulated")
         if self.lean_adapters and not has_adapters(self.method):
             raise ValueError(f"lean_adapters belongs to methods with adapters; method {self.method} has none")
 
@@ -108,23 +118,36 @@ class Laboratory:
     Building takes seconds for 8 billion parameters, and so does each measurement.
 
     Args:
-        scenario: What to build. Batch, sequence, checkpointing and loss can be changed for each measurement.
+        scenario: What to build. Fields in `CHANGEABLE` can be changed for each measurement.
         real: Use real tensors on the CPU, for checks with small models.
         rounding_bytes: Each storage counts as the next multiple of this. Default: CUDA's.
+        config: The model's configuration, where there is one at hand; `scenario.model` is a mere name then.
+        on_accelerator: Work in pieces as large as on a GPU; otherwise as on a CPU.
 
     Raises:
         ValueError: For an unknown model or an option the method does not have, or a budget no block fits.
     """
 
-    def __init__(self, scenario: Scenario, real: bool = False, rounding_bytes: int = CUDA_ROUNDING) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        real: bool = False,
+        rounding_bytes: int = CUDA_ROUNDING,
+        *,
+        config: Any = None,
+        on_accelerator: bool = True,
+    ) -> None:
         self.scenario = scenario
-        self.config = configuration(scenario.model)
+        self.config = configuration(scenario.model) if config is None else copy.deepcopy(config)
+        self.config.use_cache = False
+        self._pieces = as_on_accelerator if on_accelerator else _nothing
         if scenario.num_layers is not None:
             self.config.num_hidden_layers = scenario.num_layers
         scenario.check_length(self.config)
         self._rounding = rounding_bytes
         self._mode = None if real else FakeMode()
         self._loss: ChunkedLoss | None = None
+        self._lean: LeanActivations | None = None
         self._samples: dict[int, list[tuple[int, ...]]] = {}
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             # What matters of them (blocks that never fit) is said by the draws.
@@ -159,7 +182,7 @@ class Laboratory:
         kind, arguments = built.optimizer_cls_and_kwargs
         arguments = {**arguments, **self._engine_settings()}
         # Outside the mode, so that the scores and the draw, which have values, are real numbers.
-        with as_on_accelerator():
+        with self._pieces():
             self.optimizer: Any = make_optimizer(replace(built, optimizer_cls_and_kwargs=(kind, arguments)))
         self._fresh = self.optimizer.state_dict() if self.blocks else None
         self._is_primed = False
@@ -171,9 +194,7 @@ class Laboratory:
         found: dict[str, Any] = {}
         if self.scenario.step_in_backward:
             found["step_in_backward"] = True
-        if self.scenario.state_format == "8bit":
-            found |= {"state_format": "inner", "inner": EightBitStates}
-        elif self.scenario.state_format:
+        if self.scenario.state_format:
             found["state_format"] = self.scenario.state_format
         return found
 
@@ -229,7 +250,7 @@ class Laboratory:
         """Measure a training step in the steady state.
 
         Args:
-            **changes: Fields of the scenario to change: batch_size, seq_len, checkpointing, loss.
+            **changes: Fields of the scenario to change, out of `CHANGEABLE`.
 
         Returns:
             What the step held.
@@ -237,21 +258,24 @@ class Laboratory:
         Raises:
             ValueError: For other fields, or values out of range.
         """
-        if unknown := set(changes) - {"batch_size", "seq_len", "checkpointing", "loss"}:
+        if unknown := set(changes) - set(CHANGEABLE):
             raise ValueError(f"{', '.join(sorted(unknown))}: cannot be changed without building anew")
         s = replace(self.scenario, **changes)
         s.check_length(self.config)
         self._set_loss(s.loss)
+        self._set_lean(s.lean_activations)
         checkpoint_layers(self.model, s.checkpointing)
         with self._inside():
             self._prime()
             batch = random_batch(self.config.vocab_size, s.batch_size, s.seq_len)
+            if s.accumulates:
+                self._make_gradients()
             gc.collect()
             return measure_step(self.model, self.optimizer, batch, self._rounding)
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        with as_on_accelerator(), self._mode or _nothing():
+        with self._pieces(), self._mode or _nothing():
             yield
 
     def _prime(self) -> None:
@@ -262,12 +286,15 @@ class Laboratory:
             loss = sum(p.sum() for p in self.model.parameters() if p.requires_grad)
             loss.backward()  # type: ignore[union-attr]
         else:
-            for p in self.model.parameters():
-                if p.requires_grad:
-                    p.grad = torch.zeros_like(p)
+            self._make_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._is_primed = True
+
+    def _make_gradients(self) -> None:
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
 
     def _set_loss(self, loss: str) -> None:
         if loss == "chunked" and self._loss is None:
@@ -275,6 +302,13 @@ class Laboratory:
         elif loss == "full" and self._loss is not None:
             self._loss.remove()
             self._loss = None
+
+    def _set_lean(self, lean: bool) -> None:
+        if lean and self._lean is None:
+            self._lean = LeanActivations(self.base)
+        elif not lean and self._lean is not None:
+            self._lean.remove()
+            self._lean = None
 
 
 @contextmanager
@@ -288,26 +322,3 @@ def _narrow_adapters(model: nn.Module, dtype: torch.dtype) -> None:
         for name, p in list(module._parameters.items()):
             if p is not None and p.requires_grad and p.dtype != dtype:
                 setattr(module, name, nn.Parameter(p.detach().to(dtype)))
-
-
-class EightBitStates(torch.optim.Optimizer):
-    """The shape of an AdamW with moments of 8 bits: what it holds, not what it computes.
-
-    Two bytes a parameter and two fp32 scales for each 256 parameters, as in torchao and bitsandbytes. Their step is one
-    fused kernel, so it makes nothing here.
-    """
-
-    BLOCK = 256
-
-    def __init__(self, params: Any, **defaults: Any) -> None:
-        super().__init__(params, {"lr": 1e-3, "weight_decay": 0.0, **defaults})
-
-    @torch.no_grad()
-    def update(self, *_: Any) -> None:
-        """Make the state, and nothing else."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not self.state[p]:
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        self.state[p][name] = torch.zeros(p.numel(), dtype=torch.uint8)
-                        self.state[p][f"{name}_scale"] = torch.zeros(-(-p.numel() // self.BLOCK))

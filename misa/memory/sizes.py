@@ -25,5 +25,5 @@ def parse_bytes(text: str, name: str = "memory") -> int:
 
 
 def in_gib(num_bytes: float) -> str:
-    """An amount in GiB with two decimals."""
-    return f"{num_bytes / GIB:.2f} GiB"
+    """An amount in GiB with two decimals, or, below a tenth of one, in MiB."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.2f} MiB"

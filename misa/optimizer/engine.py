@@ -85,7 +85,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._entries: dict[nn.Parameter, Entry] = {}
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         found = {e.param.dtype for e in self._entries.values()} - {torch.bfloat16, torch.float32}
-        if settings.state_format in ("fp32", "bf16") and found:
+        if settings.state_format not in ("master", "inner") and found:
             raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
         self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
         self._round = self._num_steps = self._step_in_round = 0

@@ -14,7 +14,7 @@ from misa.optimizer.importance import ScoreRule
 from misa.optimizer.sampling import ORDERS
 
 STATE_POLICIES = ("drop", "reset", "cpu", "keep")
-STATE_FORMATS = ("master", "fp32", "bf16", "inner")
+STATE_FORMATS = ("master", "fp32", "bf16", "8bit", "inner")
 RESIDUALS = ("cpu", "drop")
 
 InnerFactory = Callable[..., torch.optim.Optimizer]
@@ -45,9 +45,9 @@ class Settings:
         state_policy: What becomes of moments and master copies at a switch: `"drop"` frees what goes off, `"reset"`
             starts every round afresh, also for what stays on (Algorithm 1), `"cpu"` moves them to main memory until the
             block is drawn again, `"keep"` leaves them where they are.
-        state_format: For bf16 and fp16 weights: `"master"`, fp32 master copy and moments of what is active; `"fp32"`
-            and `"bf16"`, moments of that type, no master and stochastic rounding; `"inner"`, no master, the inner
-            optimizer works on the weights as they are.
+        state_format: For bf16 and fp16 weights: `"master"`, fp32 master copy and moments of what is active; `"fp32"`,
+            `"bf16"` and `"8bit"`, moments of that type, no master and stochastic rounding; `"inner"`, no master, the
+            inner optimizer works on the weights as they are.
         residual: What becomes of the part of a master copy that the weight cannot hold: `"cpu"` keeps it in main
             memory, 2 bytes a parameter ever used, so that switches lose no update; `"drop"` forgets it.
         step_in_backward: Apply and free each gradient as soon as it is ready. Needs one backward pass a step and no

@@ -45,7 +45,7 @@ class Meter(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, in the form transformers asks for."""
-        self._watch_time_and_memory()
+        self.look()
         names = ("train_s", "wall_s", "durations_s", "rss_bytes", "device_bytes", "state_bytes", "active_numel")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
@@ -72,8 +72,8 @@ class Meter(TrainerCallback, ExportableState):
         self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Count what this step trains; after the update, a new round may already have begun."""
-        self.active_numel = num_active(_unwrapped(optimizer))
-        self.num_active_blocks = len(getattr(_unwrapped(optimizer), "active", ()))
+        self.active_numel = num_active(unwrapped(optimizer))
+        self.num_active_blocks = len(getattr(unwrapped(optimizer), "active", ()))
         self._watch_state(optimizer)
 
     def on_optimizer_step(
@@ -97,12 +97,12 @@ class Meter(TrainerCallback, ExportableState):
     @property
     def peak_bytes(self) -> int:
         """Largest memory so far: of the accelerator's tensors where there is one, else of the process."""
-        self._watch_time_and_memory()
+        self.look()
         return self.device_bytes or self.rss_bytes
 
     def peaks(self) -> dict[str, float]:
         """Return the largest sizes seen, bytes."""
-        self._watch_time_and_memory()
+        self.look()
         peaks: dict[str, float] = {"rss_bytes": self.rss_bytes, "state_bytes": self.state_bytes.get("total", 0)}
         peaks |= {f"state_{name}_bytes": size for name, size in self.state_bytes.items() if name != "total"}
         if self.device_bytes:
@@ -115,7 +115,7 @@ class Meter(TrainerCallback, ExportableState):
         Args:
             num_tokens: Tokens trained on.
         """
-        self._watch_time_and_memory()
+        self.look()
         return {
             "train_s": self.train_s,
             "wall_s": self.wall_s,
@@ -124,11 +124,12 @@ class Meter(TrainerCallback, ExportableState):
         }
 
     def _watch_state(self, optimizer: Any) -> None:
-        sizes = optimizer_state_bytes(_unwrapped(optimizer))
+        sizes = optimizer_state_bytes(unwrapped(optimizer))
         for name, size in {**sizes, "total": sum(sizes.values())}.items():
             self.state_bytes[name] = max(self.state_bytes.get(name, 0), size)
 
-    def _watch_time_and_memory(self) -> None:
+    def look(self) -> None:
+        """Read the clock and the peaks of memory."""
         now = time.perf_counter()
         self.wall_s += now - self._begun
         self._begun = now
@@ -144,7 +145,7 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 

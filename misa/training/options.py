@@ -87,7 +87,9 @@ class MethodOptions:
     sample_last: int | None = _option(None, "longest-idle blocks forced into each draw")
     probe_every: int | None = _option(None, "rounds between two measurements of all blocks; 0 never")
     state_policy: str | None = _option(None, "moments of what goes off: drop, reset, cpu or keep")
-    state_format: str | None = _option(None, "for bf16 weights: master, fp32, bf16 (no master, stochastic rounding)")
+    state_format: str | None = _option(
+        None, "for bf16 weights: master; or without one, rounded stochastically: moments of fp32, bf16 or 8bit"
+    )
     residual: str | None = _option(None, "what a bf16 weight cannot hold of its master: cpu (kept there) or drop")
     step_in_backward: bool | None = _option(None, "apply each gradient as soon as it is ready, and free it")
     inner: str | None = _option(None, "what happens to the active blocks: adamw or sgd")
@@ -115,6 +117,32 @@ class MethodOptions:
             names = () if options["always_on"] == "none" else options["always_on"].split(",")
             options["always_on"] = tuple(name.strip() for name in names if name.strip())
         return options
+
+
+@dataclass
+class MemoryOptions:
+    """What a run does to need less memory, or how much it may take."""
+
+    _argument_group_name = "memory"
+
+    memory_budget: str | None = _option(
+        None,
+        "for block methods: choose loss, lean activations, checkpointed layers, optimizer states and the budget of the "
+        "method so that a step fits into this much, as 24GiB, and say why; what is given otherwise stays",
+    )
+    checkpoint_layers: int | None = _option(
+        None, "recompute so many layers in the backward pass, the lowest that train; activation_checkpointing: all"
+    )
+    lean_activations: bool = _option(False, "norms and gated products keep little and are computed again")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.checkpoint_layers is not None and self.checkpoint_layers < 0:
+            raise ValueError(f"checkpoint_layers is {self.checkpoint_layers}, allowed is 0 or more")
+
+    def given(self) -> dict[str, Any]:
+        """The options that ask for something."""
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 @dataclass

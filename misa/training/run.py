@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -30,30 +29,14 @@ from misa.results import (
 from misa.training.checkpoints import RUN_FILE, checkpoints, fault, latest_checkpoint, remove_checkpoints, step_of
 from misa.training.curves import curve_points, mean_loss
 from misa.training.errors import DivergedError
-from misa.training.options import MethodOptions, RunOptions
+from misa.training.identity import differences, matters
+from misa.training.options import MemoryOptions, MethodOptions, RunOptions
 from misa.training.space import require_space
 
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 SNAPSHOTS_FOLDER = "snapshots"
-
-# Settings that say where a run lies, how it is shown, kept or fed, or that follow from others: two runs that differ
-# in these alone have the same result.
-INCIDENTAL_PREFIXES = ("dataloader_", "hub_", "log_", "push_to_", "save_", "trackio_")
-INCIDENTAL = frozenset(
-    (
-        *("output_dir", "checkpoint_dir", "keep_checkpoints", "overwrite_output_dir", "run", "method_settings"),
-        *("stop_on_nan", "tags", "task_name", "evaluate_at_last", "evaluation_data_dir"),
-        # The digest of the data says what they hold.
-        *("data_dir", "tokenized_dir"),
-        *("disable_tqdm", "report_to", "run_name", "project", "skip_memory_metrics", "logging_dir"),
-        *("do_train", "do_eval", "do_predict", "local_rank", "enable_jit_checkpoint", "use_cpu"),
-        *("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
-        # The method is the optimizer.
-        *("optim", "optim_args", "optim_target_modules"),
-    )
-)
 
 
 @dataclass
@@ -93,6 +76,7 @@ class Job:
         command: The command line.
         make: Makes the parts.
         evaluation: Words of the `misa.evaluate` command that scores the trained model, or None.
+        memory: What is done to need less memory.
     """
 
     kind: Literal["finetune", "pretrain"]
@@ -106,6 +90,7 @@ class Job:
     command: Sequence[str]
     make: Callable[[], Parts]
     evaluation: Sequence[str] | None = None
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
 
     def config(self) -> dict[str, Any]:
         """Return every setting, resolved, in types that JSON keeps."""
@@ -113,7 +98,7 @@ class Job:
         run = {**vars(self.run), "checkpoint_dir": self.training.output_dir, "run": self.name}
         method = {"method": self.method.method, "method_options": self.method.given()}
         others = {"num_processes": self.training.world_size, "data_digest": self.data_digest}
-        config = {**training, **self.settings, **run, **method, **others}
+        config = {**training, **self.settings, **self.memory.given(), **run, **method, **others}
         return json.loads(json.dumps(config, default=str))
 
     @property
@@ -164,35 +149,15 @@ def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> R
     except KeyboardInterrupt:
         logger.info("stopped; the same command continues from the last checkpoint in %s", scratch)
         raise
+    finally:
+        if trainer.watch is not None:
+            trainer.watch.stop()
     result = on_first(lambda: _write(job, parts, built, trainer, meter))
     if not job.run.keep_checkpoints:
         on_first(lambda: remove_checkpoints(scratch))
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     logger.info("%s is finished: %s  (%.0f s of training)", job.name, metrics, result.timings["train_s"])
     return result
-
-
-def matters(name: str) -> bool:
-    """Say whether a setting can change the result of a run."""
-    # Dropping the last batch is no matter of how data is fed, but of what.
-    if name == "dataloader_drop_last":
-        return True
-    return name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Say in which settings that matter two configurations differ, or return ""."""
-    old, new = _with_batch_size(old), _with_batch_size(new)
-    names = sorted(name for name in old.keys() | new.keys() if matters(name) and old.get(name) != new.get(name))
-    return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
-
-
-def _with_batch_size(config: dict[str, Any]) -> dict[str, Any]:
-    """The sequences of a step in place of how they are shared out: a run may go on with more processes, or fewer."""
-    defaults = {"per_device_train_batch_size": None, "gradient_accumulation_steps": 1, "num_processes": 1}
-    shares = [config.get(name, default) for name, default in defaults.items()]
-    rest = {name: value for name, value in config.items() if name not in defaults}
-    return rest if None in shares else {**rest, "sequences_per_step": math.prod(shares)}
 
 
 def _finished(job: Job, output: Path, scratch: Path) -> Result | None:
@@ -240,8 +205,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from misa.integration.chunked_loss import ChunkedLoss
     from misa.methods import build
+    from misa.training.memory import MemoryWatch, apply_levers, chosen_options
     from misa.training.meter import Meter
     from misa.training.progress import Progress
     from misa.training.snapshots import Snapshots, snapshot_steps
@@ -250,8 +215,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     arguments = job.training
     steps = snapshot_steps(job.run.snapshot_steps, arguments.max_steps)
     parts = job.make()
-    if job.settings.get("loss") == "chunked":
-        ChunkedLoss(parts.model)
+    plan = apply_levers(job, parts.model)
     # What a method draws for itself, such as the start of its adapters.
     set_seed(arguments.seed)
     built = build(
@@ -262,7 +226,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         betas=(arguments.adam_beta1, arguments.adam_beta2),
         eps=arguments.adam_epsilon,
         seed=arguments.seed,
-        options=job.method.given(),
+        options=job.method.given() | chosen_options(plan),
     )
     if arguments.world_size > 1 and job.method.method == "galore_layerwise":
         raise ValueError("method galore_layerwise: applies gradients before processes have exchanged them; use galore")
@@ -281,6 +245,9 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         callbacks=[meter, Schedule(evaluate_at_end=parts.eval_dataset is not None)],
     )
     trainer.stop_on_nan = job.run.stop_on_nan
+    if (watch := MemoryWatch.of(job, built.model, plan, meter)) is not None:
+        trainer.watch = watch
+        trainer.add_callback(watch)
     require_space(job, built)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -339,6 +306,8 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
             trainer.model.save_pretrained(folder)
             parts.tokenizer.save_pretrained(folder)
     write_curves(points, output / CURVES_FILE)
+    peaks = meter.peaks()
+    predicted, planned = trainer.watch.report() if trainer.watch is not None else ({}, {})
     result = Result(
         run=job.name,
         kind=job.kind,
@@ -346,10 +315,14 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
         model=job.model,
         data=job.data,
         seed=job.training.seed,
-        config={**job.config(), "method_settings": json.loads(json.dumps(built.settings, default=str))},
+        config={
+            **job.config(),
+            **planned,
+            "method_settings": json.loads(json.dumps(built.settings, default=str)),
+        },
         provenance=provenance(job.command, job.data_digest),
         metrics=metrics,
-        peaks=meter.peaks(),
+        peaks=peaks | predicted,
         timings=meter.timings(num_tokens),
         curves=CURVES_FILE,
     )

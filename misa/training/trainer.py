@@ -32,6 +32,8 @@ class Trainer(transformers.Trainer):
     """
 
     stop_on_nan = True
+    # A `misa.training.memory.MemoryWatch`, where memory is limited.
+    watch: Any = None
     _staging: str | None = None
     # Losses of this step's passes that have not been looked at yet.
     _losses: list[Any]

@@ -18,7 +18,7 @@ from misa.data.sampling import SeededSampler
 from misa.models import load_model, load_tokenizer
 from misa.optimizer import MISA
 from misa.results import read_result
-from misa.training.run import differences
+from misa.training.identity import differences
 
 NUM_STEPS, BATCH = 9, 4
 METHOD = {"method": "misa", "budget": 0.2, "interval": 2, "learning_rate": 1e-3, "adam_epsilon": 1e-4}

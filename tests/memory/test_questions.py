@@ -82,7 +82,7 @@ def test_memory_budget_chooses_and_says_why(small, capsys):
     assert "budget         0.1" in text
     assert "fits: " in text
     assert main([*words, "5MiB"]) == 2
-    assert "memory_budget: 0.00 GiB is too little" in capsys.readouterr().err
+    assert "memory_budget: 5.00 MiB is too little" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

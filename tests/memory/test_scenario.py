@@ -30,9 +30,10 @@ def forms():
         yield pytest.param({"method": method}, id=method)
         if has_adapters(method):
             yield pytest.param({"method": method, "lean_adapters": True}, id=f"{method}-lean")
-    for name in ("fp32", "bf16"):
+    for name in ("fp32", "bf16", "8bit"):
         yield pytest.param({"method": "misa", "state_format": name}, id=f"misa-{name}")
     yield pytest.param({"method": "misa", "step_in_backward": True}, id="misa-in-backward")
+    yield pytest.param({"method": "misa", "lean_activations": True, "accumulates": True}, id="misa-lean")
 
 
 @pytest.mark.parametrize("fields", forms())
@@ -60,6 +61,8 @@ SHAPE = {"model": "llama3-8b", "num_layers": 4}
         {"method": "lora", "options": {"lora_r": 8}},
         {"method": "lora", "options": {"lora_r": 32, "lora_dropout": 0.05}},
         {"method": "lora", "lean_adapters": True},
+        {"method": "misa", "options": {"budget": 0.25}, "lean_activations": True, "accumulates": True},
+        {"method": "badam", "lean_activations": True},
     ],
     ids=str,
 )
@@ -94,18 +97,8 @@ def test_closed_form_refuses_what_it_does_not_cover():
 @pytest.mark.slow
 def test_goal_at_full_size_and_its_time():
     started = time.process_time()
-    scenario = Scenario(
-        "llama3-8b",
-        "misa",
-        {"budget": 0.03},
-        1,
-        2048,
-        ALL_LAYERS,
-        "chunked",
-        state_format="8bit",
-        step_in_backward=True,
-    )
-    laboratory = Laboratory(scenario)
+    lean = {"lean_activations": True, "state_format": "8bit"}
+    laboratory = Laboratory(Scenario("llama3-8b", "misa", {"budget": 0.03}, 1, 2048, ALL_LAYERS, "chunked", **lean))
     peak = measure_worst(laboratory).peak
     seconds = time.process_time() - started
     assert peak.by_category["weights"] == pytest.approx(14.96 * GIB, rel=1e-3)

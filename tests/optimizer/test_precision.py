@@ -7,7 +7,7 @@ from torch import nn
 
 from misa import inner
 from misa.gradients import gradient_norm
-from misa.inner import FusedAdamW, round_stochastically_
+from misa.inner import FusedAdamW
 from misa.optimizer import LISA, MISA, BAdam, BlockCoordinateOptimizer, Settings
 
 
@@ -198,55 +198,6 @@ def test_gradient_norm_is_as_exact_as_its_type(dtype, shape):
 def test_gradient_norm_of_scaled_fp16_does_not_overflow():
     grad = torch.full((4, 1000), 6e4, dtype=torch.float16)
     assert gradient_norm(grad) == pytest.approx(6e4 * 4000**0.5, rel=1e-2)
-
-
-# ---- without masters -----------------------------------------------------------------------------------------------
-
-
-def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be():
-    generator = torch.Generator().manual_seed(0)
-    value = torch.full((20000,), 1.0 + 2**-9)  # a quarter of the way between two bf16 numbers
-    out = torch.empty_like(value, dtype=torch.bfloat16)
-    round_stochastically_(out, value, generator)
-    assert set(out.float().tolist()) == {1.0, 1.0 + 2**-7}
-    assert out.float().mean().item() == pytest.approx(1.0 + 2**-9, abs=2e-4)
-    exact = torch.tensor([0.0, 1.0, -2.5, float("inf"), float("-inf")])
-    out = torch.empty_like(exact, dtype=torch.bfloat16)
-    round_stochastically_(out, exact, generator)
-    assert torch.equal(out.float(), exact)
-
-
-@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
-def test_formats_without_a_master_lose_no_update_on_average(state_format):
-    model = llama(2, torch.bfloat16)
-    optimizer = BlockCoordinateOptimizer(model, Settings(order="all", interval=50, state_format=state_format), lr=1e-5)
-    weight = optimizer._on.entries[0].param
-    before = weight.detach().float().clone()
-    for _ in range(100):
-        for e in optimizer._on.entries:
-            e.param.grad = torch.ones_like(e.param)
-        optimizer.step()
-    change = (weight.detach().float() - before).mean().item()
-    assert change == pytest.approx(-100 * 1e-5, rel=0.1)
-
-
-@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
-def test_formats_without_a_master_lower_the_loss_like_the_one_with(state_format):
-    def loss(fmt):
-        model = llama(2, torch.bfloat16)
-        optimizer = MISA(model, budget=0.4, interval=4, lr=5e-3, state_format=fmt)
-        for _ in range(20):
-            value = backward(model, 0)
-            optimizer.step()
-            optimizer.zero_grad()
-        return value.item()
-
-    assert loss(state_format) == pytest.approx(loss("master"), abs=0.05)
-
-
-def test_formats_without_a_master_refuse_fp16_at_construction():
-    with pytest.raises(ValueError, match=r"state_format='bf16': needs bf16 or fp32 weights.*float16"):
-        MISA(llama(1, torch.float16), budget=0.3, state_format="bf16")
 
 
 # ---- GradScaler ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,99 @@
+"""Training inside a stated memory: what is chosen, what it takes, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from misa import pretrain
+from misa.memory.fit import measure_worst
+from misa.memory.scenario import Laboratory, Scenario
+from misa.models import load_tokenizer, model_config
+from misa.results import read_result
+
+from .conftest import Killed
+
+SIZES = {"budget": 0.2, "interval": 2, "max_length": 256, "per_device_train_batch_size": 4, "max_eval_tokens": 256}
+WORDS = {**SIZES, "model_config": "2m", "dtype": "bfloat16", "max_steps": 3, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def limit(small: Path) -> int:
+    """Bytes between the worst draw as it is and with two layers checkpointed."""
+    config = model_config("2m", vocab_size=len(load_tokenizer(small / "corpus" / "tokenizer")))
+    scenario = Scenario("2m", "misa", {"budget": 0.2}, 4, 256, loss="chunked", lean_activations=True)
+    laboratory = Laboratory(scenario, rounding_bytes=1, config=config, on_accelerator=False)
+    return sum(measure_worst(laboratory, checkpointing=num).peak.total_bytes for num in (0, 2)) // 2
+
+
+def test_run_stays_inside_its_memory_and_near_its_prediction_also_when_killed(
+    pretrain_words: Callable[..., list[str]],
+    limit: int,
+    kill_at: Callable[[int | None], None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    words = {**WORDS, "memory_budget": f"{limit}B"}
+    assert pretrain.main(pretrain_words("whole", **words)) == 0
+    result = read_result(tmp_path / "whole")
+    plan, peaks = result.config["memory_plan"], result.peaks
+    assert plan["loss"] == "chunked"
+    assert plan["lean_activations"]
+    assert plan["checkpointing"] != 0
+    assert result.config["method_settings"]["budget"] == 0.2
+    assert peaks["budget_bytes"] == limit
+    assert peaks["measured_bytes"] <= limit
+    assert peaks["measured_bytes"] == pytest.approx(peaks["predicted_bytes"], rel=0.03)
+    assert "memory budget: trains 20% at a time, chunked loss" in caplog.text
+    assert "- chunked loss: never holds all logits" in caplog.text
+    assert "memory: predicted" in caplog.text
+
+    kill_at(2)
+    with pytest.raises(Killed):
+        pretrain.main(pretrain_words("killed", **words))
+    kill_at(None)
+    assert pretrain.main(pretrain_words("killed", **words)) == 0
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert read_result(tmp_path / "killed").peaks["predicted_bytes"] == peaks["predicted_bytes"]
+
+
+def test_levers_alone_change_no_number(finetune: Callable[..., int], tmp_path: Path) -> None:
+    assert finetune("plain", method="misa", budget=0.3, max_steps=3) == 0
+    assert finetune("lean", "--lean_activations", method="misa", budget=0.3, max_steps=3, checkpoint_layers=1) == 0
+    plain, lean = (read_result(tmp_path / name) for name in ("plain", "lean"))
+    assert lean.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=1e-6)
+    assert lean.config["checkpoint_layers"] == 1
+    assert "memory_plan" not in lean.config
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "message"),
+    [
+        ({"memory_budget": "100KiB", "budget": 0.3}, (), "is too little for model with 4 x 512 tokens; the least"),
+        ({"memory_budget": "24"}, (), "memory_budget is '24'; it must be an amount with a unit"),
+        (
+            {"memory_budget": "1GiB", "method": "lora"},
+            (),
+            "chooses for block methods; method lora is none",
+        ),
+        ({"memory_budget": "1GiB"}, ("--bf16",), "memory_budget: cannot predict autocast (bf16)"),
+        ({"memory_budget": "1GiB", "max_length": 4096}, (), "seq_len is 4096; model allows at most 2048"),
+        ({"checkpoint_layers": -1}, (), "checkpoint_layers is -1, allowed is 0 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    options: dict[str, object],
+    words: tuple[str, ...],
+    message: str,
+    finetune: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert finetune("refused", *words, **options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
