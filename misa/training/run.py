@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import shutil
 import sys
@@ -31,29 +30,13 @@ from misa.training.checkpoints import RUN_FILE, checkpoints, fault, latest_check
 from misa.training.curves import curve_points, mean_loss
 from misa.training.errors import DivergedError
 from misa.training.options import MethodOptions, RunOptions
+from misa.training.sameness import differences, matters
 from misa.training.space import require_space
 
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
 SNAPSHOTS_FOLDER = "snapshots"
-
-# Settings that say where a run lies, how it is shown, kept or fed, or that follow from others: two runs that differ
-# in these alone have the same result.
-INCIDENTAL_PREFIXES = ("dataloader_", "hub_", "log_", "push_to_", "save_", "trackio_")
-INCIDENTAL = frozenset(
-    (
-        *("output_dir", "checkpoint_dir", "keep_checkpoints", "overwrite_output_dir", "run", "method_settings"),
-        *("stop_on_nan", "tags", "task_name", "evaluate_at_last", "evaluation_data_dir"),
-        # The digest of the data says what they hold.
-        *("data_dir", "tokenized_dir"),
-        *("disable_tqdm", "report_to", "run_name", "project", "skip_memory_metrics", "logging_dir"),
-        *("do_train", "do_eval", "do_predict", "local_rank", "enable_jit_checkpoint", "use_cpu"),
-        *("resume_from_checkpoint", "restore_callback_states_from_checkpoint"),
-        # The method is the optimizer.
-        *("optim", "optim_args", "optim_target_modules"),
-    )
-)
 
 
 @dataclass
@@ -172,29 +155,6 @@ def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> R
     return result
 
 
-def matters(name: str) -> bool:
-    """Say whether a setting can change the result of a run."""
-    # Dropping the last batch is no matter of how data is fed, but of what.
-    if name == "dataloader_drop_last":
-        return True
-    return name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Say in which settings that matter two configurations differ, or return ""."""
-    old, new = _with_batch_size(old), _with_batch_size(new)
-    names = sorted(name for name in old.keys() | new.keys() if matters(name) and old.get(name) != new.get(name))
-    return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
-
-
-def _with_batch_size(config: dict[str, Any]) -> dict[str, Any]:
-    """The sequences of a step in place of how they are shared out: a run may go on with more processes, or fewer."""
-    defaults = {"per_device_train_batch_size": None, "gradient_accumulation_steps": 1, "num_processes": 1}
-    shares = [config.get(name, default) for name, default in defaults.items()]
-    rest = {name: value for name, value in config.items() if name not in defaults}
-    return rest if None in shares else {**rest, "sequences_per_step": math.prod(shares)}
-
-
 def _finished(job: Job, output: Path, scratch: Path) -> Result | None:
     if not (output / RESULT_FILE).is_file():
         return None
@@ -264,8 +224,6 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         seed=arguments.seed,
         options=job.method.given(),
     )
-    if arguments.world_size > 1 and job.method.method == "galore_layerwise":
-        raise ValueError("method galore_layerwise: applies gradients before processes have exchanged them; use galore")
     if built.steps_in_backward:
         _require_one_pass(job.method.method, arguments)
     logger.info("%s: %s", job.method.method, built.description)
@@ -292,6 +250,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
 
 def _require_one_pass(method: str, arguments: Any) -> None:
     """Refuse what cannot be had where gradients are applied and freed in the backward pass."""
+    if arguments.world_size > 1 and method == "galore_layerwise":
+        raise ValueError(f"method {method} applies gradients before processes have exchanged them; use galore")
     reason = f"method {method} applies each gradient in the backward pass, so"
     if arguments.gradient_accumulation_steps > 1:
         raise ValueError(

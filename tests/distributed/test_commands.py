@@ -18,7 +18,7 @@ from misa.data.sampling import SeededSampler
 from misa.models import load_model, load_tokenizer
 from misa.optimizer import MISA
 from misa.results import read_result
-from misa.training.run import differences
+from misa.training.sameness import differences
 
 NUM_STEPS, BATCH = 9, 4
 METHOD = {"method": "misa", "budget": 0.2, "interval": 2, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
@@ -126,7 +126,9 @@ def test_other_number_of_sequences_is_another_run() -> None:
     assert differences(two, {**two, "num_processes": 1}) == "sequences_per_step 4 -> 2"
 
 
-def test_pretraining_on_a_stream_in_two_processes_gives_the_weights_of_one(small: Path, launch: Launch, tmp_path: Path) -> None:
+def test_pretraining_on_a_stream_in_two_processes_gives_the_weights_of_one(
+    small: Path, launch: Launch, tmp_path: Path
+) -> None:
     def of(name: str, batch_size: int) -> list[str]:
         options = {
             **METHOD,
