@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not torch.cuda.is_available():
             for item in of_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+# ---- the README's table of what works between processes --------------------------------------------------------------
+
+SUPPORT: dict[str, dict[str, bool]] = {}  # way of sharing a model -> what is shown -> whether its tests passed
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support", metavar="FILE", help="write the table of what works between processes into this file")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, object, object]:
+    report = yield
+    marker = item.get_closest_marker("support")
+    if marker is not None and (call.when == "call" or call.excinfo is not None):
+        way, *what = marker.args
+        shown = what[0] if what else item.callspec.params["case"]  # type: ignore[attr-defined]
+        rows = SUPPORT.setdefault(way, {})
+        rows[shown] = rows.get(shown, True) and call.excinfo is None
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--support")
+    if path is None:
+        return
+    lines = ["| how processes share the model | shown by tests |", "| --- | --- |"]
+    for way, rows in SUPPORT.items():
+        lines.append(f"| {way} | {', '.join(name if good else f'{name} (FAILS)' for name, good in rows.items())} |")
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

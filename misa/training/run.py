@@ -228,8 +228,6 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         seed=arguments.seed,
         options=job.method.given() | chosen_options(plan),
     )
-    if arguments.world_size > 1 and job.method.method == "galore_layerwise":
-        raise ValueError("method galore_layerwise: applies gradients before processes have exchanged them; use galore")
     if built.steps_in_backward:
         _require_one_pass(job.method.method, arguments)
     logger.info("%s: %s", job.method.method, built.description)
@@ -259,6 +257,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
 
 def _require_one_pass(method: str, arguments: Any) -> None:
     """Refuse what cannot be had where gradients are applied and freed in the backward pass."""
+    if arguments.world_size > 1 and method == "galore_layerwise":
+        raise ValueError(f"method {method} applies gradients before processes have exchanged them; use galore")
     reason = f"method {method} applies each gradient in the backward pass, so"
     if arguments.gradient_accumulation_steps > 1:
         raise ValueError(

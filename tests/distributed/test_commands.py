@@ -24,6 +24,8 @@ NUM_STEPS, BATCH = 9, 4
 METHOD = {"method": "misa", "budget": 0.2, "interval": 2, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
 
 Launch = Callable[..., list[int]]
+COMMANDS = "`torchrun -m misa.train` and `-m misa.pretrain` (HF Trainer, Accelerate)"
+REFUSED = "refused before the first step, in words that name what works"
 
 
 def words(small: Path, output: Path, num_processes: int = 2, **options: Any) -> list[str]:
@@ -70,6 +72,7 @@ def require_close(output: Path, expected: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(weight, expected[name], rtol=0.0, atol=1e-6)
 
 
+@pytest.mark.support(COMMANDS, "weights of a bare loop")
 def test_two_processes_give_the_weights_of_a_bare_loop(small: Path, whole: Path) -> None:
     model, tokenizer = load_model(small / "model", "float32"), load_tokenizer(small / "model")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -93,12 +96,14 @@ def test_two_processes_give_the_weights_of_a_bare_loop(small: Path, whole: Path)
     assert sum(not torch.equal(before[name], p) for name, p in expected.items()) >= 10
 
 
+@pytest.mark.support(COMMANDS, "one result")
 def test_first_process_alone_writes_the_result(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == ["curves.csv", "model", "result.json"]
     result = read_result(whole)
     assert (result.config["num_processes"], result.metrics["num_steps"]) == (2, NUM_STEPS)
 
 
+@pytest.mark.support(COMMANDS, "a killed process changes no bit")
 def test_killed_process_changes_no_bit(small: Path, launch: Launch, whole: Path, killed: Path, tmp_path: Path) -> None:
     again = tmp_path / "killed"
     shutil.copytree(killed, again)
@@ -107,6 +112,7 @@ def test_killed_process_changes_no_bit(small: Path, launch: Launch, whole: Path,
     assert read_result(again).metrics == read_result(whole).metrics
 
 
+@pytest.mark.support(COMMANDS, "resumed on another number of processes")
 def test_run_goes_on_with_another_number_of_processes(
     small: Path, launch: Launch, whole: Path, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,6 +132,7 @@ def test_other_number_of_sequences_is_another_run() -> None:
     assert differences(two, {**two, "num_processes": 1}) == "sequences_per_step 4 -> 2"
 
 
+@pytest.mark.support(COMMANDS, "streams, accumulation")
 def test_pretraining_on_a_stream_in_two_processes_gives_the_weights_of_one(
     small: Path, launch: Launch, tmp_path: Path
 ) -> None:
@@ -152,6 +159,7 @@ def test_pretraining_on_a_stream_in_two_processes_gives_the_weights_of_one(
     require_close(tmp_path / "together", weights(tmp_path / "alone"))
 
 
+@pytest.mark.support(REFUSED, "Trainer with DeepSpeed or with Accelerate's FSDP")
 @pytest.mark.parametrize("option", ["deepspeed", "fsdp"])
 def test_other_ways_of_sharing_a_model_are_refused(
     small: Path, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,9 @@ import torch
 from cases import CASES, OF_FOUR, train_all
 from failures import all_failures
 
+DATA_PARALLEL = "data parallel under `torchrun`: no wrapper, or `DistributedDataParallel`"
+REFUSED = "refused before the first step, in words that name what works"
+
 TRIED = [(2, case) for case in CASES] + [(4, case) for case in OF_FOUR]
 
 
@@ -28,6 +31,7 @@ def failures(together: Callable[..., list[Any]]) -> list[dict[str, Any]]:
     return together(2, all_failures)
 
 
+@pytest.mark.support(DATA_PARALLEL)
 @pytest.mark.parametrize(("size", "case"), TRIED)
 def test_weights_equal_those_of_one_process(
     alone: dict[str, dict[str, Any]], several: dict[int, list[dict[str, dict[str, Any]]]], size: int, case: str
@@ -54,6 +58,7 @@ def test_all_processes_have_the_same_weights_and_draws(
     assert all(found[case]["random state"] for found in several[size])
 
 
+@pytest.mark.support(DATA_PARALLEL, "drift of a process stops the run")
 def test_drift_stops_the_run_and_names_weight_and_process(failures: list[dict[str, Any]]) -> None:
     for found in failures:
         assert found["drift"].startswith("RuntimeError: the weights of the processes have drifted apart: 1 of 21")
@@ -65,6 +70,7 @@ def test_processes_with_other_models_are_refused(failures: list[dict[str, Any]])
         assert "differ between process 0 and process 1" in found["other_models"]
 
 
+@pytest.mark.support(REFUSED, "DDP with `static_graph` or a communication hook")
 @pytest.mark.parametrize("name", ["static_graph", "static_graph_later", "communication_hook"])
 def test_wrapper_settings_that_cannot_work_are_refused_before_the_first_step(
     failures: list[dict[str, Any]], name: str
@@ -86,5 +92,6 @@ def test_wrapper_that_cannot_rest_must_find_unused_parameters(failures: list[dic
         assert right_with_it
 
 
+@pytest.mark.support(DATA_PARALLEL, "copies of the optimizer")
 def test_copy_of_an_optimizer_trains_on(failures: list[dict[str, Any]]) -> None:
     assert all(found["copies"] for found in failures)

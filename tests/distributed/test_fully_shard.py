@@ -11,6 +11,7 @@ import torch
 from sharded_cases import CASES
 
 Found = dict[str, Any]
+FSDP2 = "FSDP2 (`fully_shard`)"
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,14 @@ def require_same(found: Found, expected: Found, case: str) -> None:
     assert found["scores"] == pytest.approx(expected["scores"], rel=0.05 if low else 1e-4)
 
 
+@pytest.mark.support(FSDP2)
 @pytest.mark.parametrize("case", CASES)
 def test_weights_equal_those_of_one_process(alone: Found, two: list[Found], case: str) -> None:
     for found in two:
         require_same(found[case], alone[case], case)
 
 
+@pytest.mark.support(FSDP2, "state shared out")
 def test_each_process_holds_its_part_of_the_state(alone: Found, two: list[Found]) -> None:
     for case in ("matrix blocks", "bf16"):
         whole = alone[case]["bytes"]
@@ -59,6 +62,7 @@ def test_each_process_holds_its_part_of_the_state(alone: Found, two: list[Found]
     assert two[0]["bf16"]["bytes"]["master"] > 0
 
 
+@pytest.mark.support(FSDP2, "resumed bit for bit")
 def test_resumed_run_is_the_same_bit_for_bit(two: list[Found]) -> None:
     for name, found in two[0]["resumed"].items():
         whole = two[0][name]
@@ -67,11 +71,15 @@ def test_resumed_run_is_the_same_bit_for_bit(two: list[Found]) -> None:
         assert all(torch.equal(found["weights"][n], weight) for n, weight in whole["weights"].items())
 
 
+@pytest.mark.support(FSDP2, "resumed on another number of processes")
 def test_resumed_run_on_more_processes_is_the_same(two: list[Found], four: Found) -> None:
     for name, found in four.items():
         require_same(found, two[0][name], name)
 
 
+@pytest.mark.support(
+    "refused before the first step, in words that name what works", 'FSDP2 with `step_in_backward` or `variant="paper"`'
+)
 def test_what_needs_whole_gradients_is_refused(two: list[Found]) -> None:
     assert "step_in_backward=True: not with fully_shard" in two[0]["step in backward"]
     assert "inner=BoundedAdam (variant='paper'): not with fully_shard" in two[0]["bound"]

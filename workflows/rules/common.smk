@@ -1,6 +1,7 @@
 # Configuration, its check, and the names all rules share.
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ if "sheet" not in config:
 
 
 validate(config, "../schemas/config.schema.yaml")
+
 
 SCALE = config["scale"]
 CACHED = config["results"] == "cached"
@@ -94,6 +96,21 @@ validate(RUNS, "../schemas/runs.schema.yaml")
 if repeated := sorted(RUNS["run"][RUNS["run"].duplicated()]):
     raise WorkflowError(f"{sheet_file}: run {repeated[0]!r} occurs twice")
 
+
+def share_out(args, num_processes):
+    """Options of a training command with the sequences of a step shared out among processes."""
+    names = ("gradient_accumulation_steps", "per_device_train_batch_size")
+    for name in names:
+        # The last one counts.
+        *_, found = [None, *re.finditer(rf"--{name} (\d+)", args)]
+        if found and int(found[1]) % num_processes == 0:
+            share = int(found[1]) // num_processes
+            return f"{args[: found.start()]}--{name} {share}{args[found.end() :]}"
+    raise WorkflowError(
+        f"gpus is {num_processes}: it must divide {' or '.join(names)} of the training commands"
+    )
+
+
 # What a run is trained on: the text of the scale, its generated questions, or a mix of real sets.
 DATA_DIR = config.get("data_dir")
 MIXES = config["mixes"]
@@ -117,6 +134,11 @@ RUNS["shared"] = [
     )
     for row in RUNS.itertuples()
 ]
+# Several GPUs of a training job: a process for each, and the same sequences in a step.
+LAUNCH = "python -m"
+if config["gpus"] > 1:
+    LAUNCH = f"torchrun --standalone --nproc_per_node={config['gpus']} -m"
+    RUNS["shared"] = [share_out(args, config["gpus"]) for args in RUNS["shared"]]
 # Real sets lie in a local folder: without one, runs on them are left out.
 LEFT_OUT = RUNS[RUNS["data"].isin(MIXES) & (DATA_DIR is None)]
 RUNS = RUNS.drop(LEFT_OUT.index)

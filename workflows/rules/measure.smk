@@ -17,7 +17,7 @@ rule evaluate_pretrained:
         "../envs/misa.yaml"
     threads: THREADS
     resources:
-        gpu=config["gpus"],
+        gpu=min(config["gpus"], 1),
     params:
         args=lookup("evaluate/pretrained", within=config),
         data=subpath(input.data, parent=True),
@@ -51,7 +51,7 @@ rule evaluate_finetuned:
         "../envs/misa.yaml"
     threads: THREADS
     resources:
-        gpu=config["gpus"],
+        gpu=min(config["gpus"], 1),
     params:
         args=lambda wildcards: (
             MIXES[data_of(wildcards.run)]["evaluate"]

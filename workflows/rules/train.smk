@@ -38,7 +38,7 @@ rule pretrain:
     message:
         "pre-training {wildcards.run} (progress: {log})"
     shell:
-        "python -m misa.pretrain --dataset_path {params.data} {params.shared} {params.args} --run {wildcards.run}"
+        "{LAUNCH} misa.pretrain --dataset_path {params.data} {params.shared} {params.args} --run {wildcards.run}"
         " --snapshot_steps {params.snapshots}"
         " --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir > {log} 2>&1"
 
@@ -72,6 +72,6 @@ rule finetune:
     message:
         "fine-tuning {wildcards.run} (progress: {log})"
     shell:
-        "python -m misa.train --model_name_or_path {input.model} --dataset_path {params.data} {params.shared}"
+        "{LAUNCH} misa.train --model_name_or_path {input.model} --dataset_path {params.data} {params.shared}"
         " {params.args} --run {wildcards.run} --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir"
         " > {log} 2>&1"
