@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import socket
 import sys
 import time
@@ -17,8 +15,9 @@ import torch
 import torch.multiprocessing
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "optimizer")]  # tiny models and batches
+sys.path[:0] = [str(TESTS), str(TESTS / "optimizer"), str(TESTS / "distributed")]  # tiny models and batches
 
+from processes import command, one_of_group  # noqa: E402
 from train.conftest import small  # noqa: E402, F401
 
 # New processes are forked from one that has imported everything, and that has no threads.
@@ -33,15 +32,6 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 Call = Callable[..., Any]
 
 
-def _process(rank: int, size: int, store: str, folder: str, call: Call, args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(store, size), rank=rank, world_size=size
-    )
-    torch.save(call(*args), Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="session")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Call a function in so many processes at once; returned is what each of them returned."""
@@ -49,31 +39,12 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any
     def start(size: int, call: Call, *args: Any) -> list[Any]:
         folder = tmp_path_factory.mktemp("processes")
         context = torch.multiprocessing.start_processes(
-            _process, (size, str(folder / "store"), str(folder), call, args), nprocs=size, start_method="forkserver"
+            one_of_group, (size, str(folder / "store"), str(folder), call, args), nprocs=size, start_method="forkserver"
         )
         assert context is None
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
     return start
-
-
-def _command(rank: int, size: int, port: int, name: str, words: list[str], kill: tuple[int, int] | None) -> None:
-    """What torchrun does in each process; `kill` is a process and the step after which it is killed."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from misa import pretrain, train
-    from misa.training.trainer import Schedule
-
-    original = Schedule.on_step_end
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if (rank, state.global_step) == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, args, state, control, **kwargs)
-
-    Schedule.on_step_end = on_step_end
-    sys.exit({"train": train, "pretrain": pretrain}[name].main(words))
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +56,7 @@ def launch() -> Callable[..., list[int]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = [context.Process(target=_command, args=(r, size, port, name, words, kill)) for r in range(size)]
+        processes = [context.Process(target=command, args=(r, size, port, name, words, kill)) for r in range(size)]
         for process in processes:
             process.start()
         while any(process.is_alive() for process in processes):
