@@ -1,4 +1,4 @@
-"""Make the built-in data sets: `python -m misa.data family|corpus`."""
+"""Make the data of the study: `python -m misa.data family|corpus|mix`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--validation_share", type=float, default=0.02, help="share of the documents held out")
     corpus.add_argument("--output_dir", required=True, help="folder to write", default=argparse.SUPPRESS)
     corpus.set_defaults(make=_make_corpus)
+
+    mix = commands.add_parser(
+        "mix",
+        help="the training records of several real sets, shuffled",
+        description="Write the training records of known sets as one train.jsonl, with digest.json.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    mix.add_argument("--sets", required=True, help="known sets, separated by commas", default=argparse.SUPPRESS)
+    mix.add_argument("--data_dir", help="folder with local copies; without it, the hub is asked")
+    mix.add_argument("--seed", type=int, default=0, help="seed of the order")
+    mix.add_argument("--output_dir", required=True, help="folder to write", default=argparse.SUPPRESS)
+    mix.set_defaults(make=_make_mix)
     return parser
 
 
@@ -74,6 +86,15 @@ def _make_corpus(arguments: argparse.Namespace) -> int:
     packages = [name.strip() for name in arguments.packages.split(",") if name.strip()]
     made = make_corpus(arguments.output_dir, packages, arguments.vocab_size, arguments.validation_share)
     print(f"{arguments.output_dir}: docstrings of {', '.join(packages)}{'' if made else ' (already there)'}")
+    return 0
+
+
+def _make_mix(arguments: argparse.Namespace) -> int:
+    from misa.data.mix import make_mix
+
+    sets = [name.strip() for name in arguments.sets.split(",") if name.strip()]
+    made = make_mix(arguments.output_dir, sets, arguments.data_dir, arguments.seed)
+    print(f"{arguments.output_dir}: {', '.join(sets)}{'' if made else ' (already there)'}")
     return 0
 
 

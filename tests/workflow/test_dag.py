@@ -20,6 +20,8 @@ from misa.memory.grid import TABLES as GRID_TABLES
 from misa.results.collect import TABLES
 
 SCALES = ("laptop", "workstation", "paper")
+# Of the same shape, with sheets of their own for one question each.
+STUDIES = ("evidence",)
 COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "collect"}
 DRAWING = {"figure": len(FIGURES), "score_tables": 1, "all": 1}
 OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
@@ -33,9 +35,11 @@ def planned(output: str) -> dict[str, int]:
     return {name: int(count) for name, count in jobs.items() if name != "total"}
 
 
-def sheet(repository: Path, scale: str) -> list[dict[str, str]]:
+def sheet(repository: Path, scale: str, with_real_sets: bool = False) -> list[dict[str, str]]:
+    """Rows of a sheet; those on real sets are planned only where there is a folder with them."""
     with (repository / "workflows" / "config" / f"{scale}.tsv").open(newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t"))
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    return [row for row in rows if with_real_sets or not row.get("data")]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -55,6 +59,21 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
         **DRAWING,
         "figure": drawn,
     }
+
+
+@pytest.mark.parametrize("scale", ["workstation", "evidence"])
+def test_folder_with_real_sets_adds_its_runs(snakemake, repository: Path, tmp_path: Path, scale: str) -> None:
+    done = snakemake("-n", "--quiet", "rules", "--config", f"scale={scale}", "data_dir=sets", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    rows = sheet(repository, scale, with_real_sets=True)
+    kinds = Counter(row["kind"] for row in rows)
+    # The base model is scored on everything that is fine-tuned on.
+    data = {row.get("data") or "family" for row in rows if row["kind"] == "finetune"}
+    jobs = planned(done.stdout)
+    assert jobs["mix"] == len(data - {"family"}) > 0
+    assert jobs.get("family", 0) == len(data & {"family"})
+    assert {kind: jobs[kind] for kind in kinds} == kinds
+    assert jobs["evaluate_finetuned"] == kinds["finetune"] + len(data)
 
 
 def test_memory_grid_needs_no_run(snakemake, repository: Path, tmp_path: Path) -> None:
@@ -166,7 +185,7 @@ def test_missing_and_impossible_values_are_named(snakemake, repository: Path, tm
 def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
     done = snakemake("-n", "--config", "scale=desktop", folder=tmp_path)
     assert done.returncode != 0
-    assert "'desktop', allowed: laptop, paper, workstation" in done.stdout
+    assert "'desktop', allowed: evidence, laptop, paper, workstation" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -174,6 +193,7 @@ def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
     [
         ("finetune-new\tfinetun\t--method misa", "'finetun' is not one of"),
         ("base\tfinetune\t--method misa", "does not match"),
+        ("base-math\tfinetune\t--method misa", "does not match"),
         ("pretrain-misa\tpretrain\t--method misa", "'pretrain-misa' occurs twice"),
     ],
 )
@@ -220,7 +240,17 @@ def test_job_left_over_from_a_killed_run_is_ended(snakemake, tmp_path: Path, tin
             process.wait()
 
 
-@pytest.mark.parametrize("scale", [*SCALES, "tiny"])
+def test_unknown_data_of_a_row_is_named(snakemake, repository: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((repository / "workflows" / "config" / "laptop.yaml").read_text())
+    (tmp_path / "sheet.tsv").write_text("run\tkind\tdata\targs\nnew\tfinetune\tmaths\t--method misa\n")
+    mixes = {"math": {"sets": ["gsm8k"], "train": "", "evaluate": ""}}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config | {"sheet": "sheet.tsv", "mixes": mixes}))
+    done = snakemake("-n", "--configfile", tmp_path / "wrong.yaml", folder=tmp_path)
+    assert done.returncode != 0
+    assert "data of run new is 'maths', allowed: math" in done.stdout
+
+
+@pytest.mark.parametrize("scale", [*SCALES, *STUDIES, "tiny"])
 def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> None:
     """A misspelt option in a configuration must not wait for the job that uses it, hours later."""
     from transformers import HfArgumentParser
@@ -239,7 +269,8 @@ def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> No
     paths = {"finetune": ["--model_name_or_path", "m"], "pretrain": []}
     for row in csv.DictReader((folder / f"{scale}.tsv").open(newline=""), delimiter="\t"):
         own = FinetuneOptions if row["kind"] == "finetune" else PretrainOptions
-        words = shlex.split(f"{config[row['kind']]['args']} {row['args']}")
+        mix = config["mixes"].get(row.get("data"), {}).get("train", "")
+        words = shlex.split(f"{config[row['kind']]['args']} {mix} {row['args']}")
         _, _, method, *_ = parse(
             (RunOptions, own, MethodOptions, CommonTrainingOptions),
             # bf16 is refused where there is no GPU, unless the CPU is asked for.
@@ -249,7 +280,7 @@ def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> No
             description="",
         )
         assert method.given().keys() <= METHODS[method.method].defaults.keys()
-    for arguments in config["evaluate"].values():
+    for arguments in (*config["evaluate"].values(), *(mix["evaluate"] for mix in config["mixes"].values())):
         words = ["--model_name_or_path", "m", "--data_dir", "d", "--output_dir", "o", *shlex.split(arguments)]
         (settings,) = HfArgumentParser(EvaluateArguments).parse_args_into_dataclasses(words)
         assert set(settings.tasks.split(",")) <= set(task_names())

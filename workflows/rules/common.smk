@@ -78,6 +78,33 @@ RUNS = pd.read_csv(sheet_file, sep="\t", comment="#", dtype=str, keep_default_na
 validate(RUNS, "../schemas/runs.schema.yaml")
 if repeated := sorted(RUNS["run"][RUNS["run"].duplicated()]):
     raise WorkflowError(f"{sheet_file}: run {repeated[0]!r} occurs twice")
+
+# What a run is trained on: the text of the scale, its generated questions, or a mix of real sets.
+DATA_DIR = config.get("data_dir")
+MIXES = config["mixes"]
+BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
+if "data" not in RUNS:
+    RUNS["data"] = ""
+RUNS["data"] = RUNS["data"].where(RUNS["data"] != "", RUNS["kind"].map(BUILT_IN))
+for row in RUNS.itertuples():
+    if row.data != BUILT_IN[row.kind] and (
+        row.kind == "pretrain" or row.data not in MIXES
+    ):
+        raise WorkflowError(
+            f"{sheet_file}: data of run {row.run} is {row.data!r}, allowed: {', '.join(MIXES) or 'none'}"
+        )
+# Arguments that all runs on the same data get.
+RUNS["shared"] = [
+    " ".join(
+        filter(
+            None, [config[row.kind]["args"], MIXES.get(row.data, {}).get("train", "")]
+        )
+    )
+    for row in RUNS.itertuples()
+]
+# Real sets lie in a local folder: without one, runs on them are left out.
+LEFT_OUT = RUNS[RUNS["data"].isin(MIXES) & (DATA_DIR is None)]
+RUNS = RUNS.drop(LEFT_OUT.index)
 for run in config["variance"]["runs"]:
     if run not in set(RUNS["run"]):
         raise WorkflowError(
@@ -95,6 +122,21 @@ def table_of(figure):
 def runs_of(*kinds):
     """Names of the runs of some kinds, in the order of the sheet."""
     return RUNS["run"][RUNS["kind"].isin(kinds)].tolist()
+
+
+def data_of(run):
+    """What a run is trained on, and its model is scored on; the base model once for each."""
+    if run.partition("-")[0] == "base":
+        return run.partition("-")[2] or BUILT_IN["finetune"]
+    return RUNS.set_index("run").at[run, "data"]
+
+
+def base_runs():
+    """Names of the evaluations of the base model: one for all that is fine-tuned on, `base` for what is built in."""
+    used = dict.fromkeys(RUNS["data"][RUNS["kind"] == "finetune"])
+    return [
+        "base" if data == BUILT_IN["finetune"] else f"base-{data}" for data in used
+    ]
 
 
 def one_of(names):

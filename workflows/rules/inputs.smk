@@ -55,3 +55,24 @@ rule corpus:
     shell:
         "python -m misa.data corpus --packages {params.packages} --vocab_size {params.vocab_size}"
         " --output_dir {params.folder} > {log} 2>&1"
+
+
+rule mix:
+    output:
+        train=f"{OUT}/data/{{mix}}/train.jsonl",
+        digest=f"{OUT}/data/{{mix}}/digest.json",
+    log:
+        f"{LOGS}/{{mix}}.log",
+    wildcard_constraints:
+        mix=one_of(MIXES),
+    conda:
+        "../envs/misa.yaml"
+    params:
+        sets=lambda wildcards: ",".join(MIXES[wildcards.mix]["sets"]),
+        data_dir=DATA_DIR,
+        folder=subpath(output.digest, parent=True),
+    message:
+        "fine-tuning data: {params.sets} out of {params.data_dir}"
+    shell:
+        "python -m misa.data mix --sets {params.sets} --data_dir {params.data_dir:q} --output_dir {params.folder}"
+        " > {log} 2>&1"

@@ -33,31 +33,39 @@ rule evaluate_finetuned:
     input:
         model=lambda wildcards: (
             BASE_MODEL
-            if wildcards.run == "base"
+            if wildcards.run in base_runs()
             else f"{OUT}/runs/{wildcards.run}/model"
         ),
         base=BASE_MODEL,
-        data=rules.family.output.test,
+        data=lambda wildcards: (
+            [] if data_of(wildcards.run) in MIXES else rules.family.output.test
+        ),
     output:
         result=f"{OUT}/evaluations/{{run}}/result.json",
         harness=f"{OUT}/evaluations/{{run}}/lm_eval.json",
     log:
         f"{LOGS}/evaluate-{{run}}.log",
     wildcard_constraints:
-        run=one_of(["base", *runs_of("finetune")]),
+        run=one_of([*base_runs(), *runs_of("finetune")]),
     conda:
         "../envs/misa.yaml"
     threads: THREADS
     resources:
         gpu=config["gpus"],
     params:
-        args=lookup("evaluate/finetuned", within=config),
-        data=subpath(input.data, parent=True),
+        args=lambda wildcards: (
+            MIXES[data_of(wildcards.run)]["evaluate"]
+            if data_of(wildcards.run) in MIXES
+            else config["evaluate"]["finetuned"]
+        ),
+        data=lambda wildcards: (
+            DATA_DIR if data_of(wildcards.run) in MIXES else f"{OUT}/data/family"
+        ),
         folder=subpath(output.result, parent=True),
     message:
         "scores of {wildcards.run}"
     shell:
-        "python -m misa.evaluate --offline --model_name_or_path {input.model} --data_dir {params.data} {params.args}"
+        "python -m misa.evaluate --offline --model_name_or_path {input.model} --data_dir {params.data:q} {params.args}"
         " --run {wildcards.run} --output_dir {params.folder} > {log} 2>&1"
 
 
@@ -115,7 +123,7 @@ rule collect:
         runs=expand(f"{OUT}/runs/{{run}}/result.json", run=RUNS["run"]),
         curves=expand(f"{OUT}/runs/{{run}}/curves.csv", run=RUNS["run"]),
         scores=expand(
-            f"{OUT}/evaluations/{{run}}/result.json", run=["base", *RUNS["run"]]
+            f"{OUT}/evaluations/{{run}}/result.json", run=[*base_runs(), *RUNS["run"]]
         ),
         memory=rules.memory.output.result,
         memory_table=rules.memory.output.table,

@@ -24,7 +24,7 @@ rule pretrain:
         gpu=config["gpus"],
     params:
         args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
-        shared=lookup("pretrain/args", within=config),
+        shared=lookup(query="run == '{run}'", within=RUNS, cols="shared"),
         data=subpath(input.corpus, parent=True),
         folder=subpath(output.result, parent=True),
         scratch=f"{SCRATCH}/{{run}}",
@@ -38,9 +38,8 @@ rule pretrain:
 rule finetune:
     input:
         model=BASE_MODEL,
-        train=rules.family.output.train,
-        test=rules.family.output.test,
-        digest=rules.family.output.digest,
+        train=lambda wildcards: f"{OUT}/data/{data_of(wildcards.run)}/train.jsonl",
+        digest=lambda wildcards: f"{OUT}/data/{data_of(wildcards.run)}/digest.json",
     output:
         result=f"{OUT}/runs/{{run}}/result.json",
         curves=f"{OUT}/runs/{{run}}/curves.csv",
@@ -58,7 +57,7 @@ rule finetune:
         gpu=config["gpus"],
     params:
         args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
-        shared=lookup("finetune/args", within=config),
+        shared=lookup(query="run == '{run}'", within=RUNS, cols="shared"),
         data=subpath(input.digest, parent=True),
         folder=subpath(output.result, parent=True),
         scratch=f"{SCRATCH}/{{run}}",
