@@ -134,9 +134,7 @@ def data_of(run):
 def base_runs():
     """Names of the evaluations of the base model: one for all that is fine-tuned on, `base` for what is built in."""
     used = dict.fromkeys(RUNS["data"][RUNS["kind"] == "finetune"])
-    return [
-        "base" if data == BUILT_IN["finetune"] else f"base-{data}" for data in used
-    ]
+    return ["base" if data == BUILT_IN["finetune"] else f"base-{data}" for data in used]
 
 
 def one_of(names):
