@@ -2,7 +2,9 @@
 
 For each snapshot (a model folder) it measures the full-batch gradient of every weight matrix and the noise of
 mini-batches, then compares sampling schemes at one budget: the variance of the unbiased estimator, the squared gradient
-captured, the effective number of blocks. Written are gradient_norms.csv, variance.csv and result.json.
+captured, what is really applied, the effective number of blocks; and how old importance scores may be, between
+snapshots and while a few rounds are trained from the last one. Written are gradient_norms.csv, variance.csv,
+staleness.csv and result.json.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,17 @@ NORM_COLUMNS = ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_nor
 VARIANCE_COLUMNS = ("snapshot", "step", "scheme", "quantity", "value")
 #: Step of a snapshot of which nothing says at which step it was taken.
 UNKNOWN_STEP = -1
-VERBS = ("variance",)
+VERBS = {
+    "variance": "variance of the gradient under each sampling scheme",
+    "rate": "rate of convergence of Algorithm 1 against the published one",
+}
 
 
 @dataclass
 class VarianceArguments:
     """What is measured, and where the result goes."""
 
-    model: list[str] = field(metadata={"help": "Snapshots: model folders, or NAME=FOLDER."})
+    model: list[str] = field(metadata={"help": "Snapshots: model folders, NAME=FOLDER, or a run's folder snapshots."})
     dataset_path: str = field(metadata={"help": "Folder with train.jsonl: a corpus or instruction data."})
     output_dir: str = field(metadata={"help": "Folder for result.json, variance.csv and gradient_norms.csv."})
     num_batches: int = field(default=16, metadata={"help": "Mini-batches that make up the full batch."})
@@ -37,6 +43,12 @@ class VarianceArguments:
     budget: float = field(default=0.03, metadata={"help": "Expected share of all parameters that is drawn."})
     num_draws: int = field(default=100_000, metadata={"help": "Monte Carlo draws for each scheme."})
     effective_share: float = field(default=0.5, metadata={"help": "What automatic eta aims at, as share of blocks."})
+    follow_rounds: int = field(
+        default=0,
+        metadata={"help": "Rounds trained from the last snapshot to see scores grow old; 0 none, else from 2."},
+    )
+    interval: int = field(default=10, metadata={"help": "Steps in such a round, at least 4."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate in such a round."})
     seed: int = field(default=0, metadata={"help": "Seed of the batches and the Monte Carlo."})
     run: str = field(default="variance", metadata={"help": "Name of the run in the result file."})
 
@@ -45,6 +57,11 @@ class VarianceArguments:
         for name, least in (("num_batches", 2), ("batch_size", 1), ("seq_len", 2), ("num_draws", 2), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.follow_rounds != 0 and (self.follow_rounds < 2 or self.interval < 4):
+            raise ValueError(
+                f"follow_rounds is {self.follow_rounds} and interval {self.interval}; allowed are 0, or at least 2 "
+                "rounds of at least 4 steps"
+            )
         for name in ("budget", "effective_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in (0, 1]")
@@ -57,6 +74,7 @@ class Snapshot:
     name: str
     folder: str
     step: int
+    run: str
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,23 +91,34 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     prog = "python -m misa.dynamics"
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: {prog} VERB ...\n\nverbs:\n  variance  variance of the gradient under each sampling scheme")
+        verbs = "".join(f"\n  {verb:10}{text}" for verb, text in VERBS.items())
+        print(f"usage: {prog} VERB ...\n\nverbs:{verbs}")
         return 0 if words else 2
     if words[0] not in VERBS:
         print(f"{prog}: error: verb is {words[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    parser = HfArgumentParser(VarianceArguments, prog=f"{prog} variance", description=__doc__.partition("\n\n")[2])
+    options, run, text = _of_verb(words[0])
+    parser = HfArgumentParser(options, prog=f"{prog} {words[0]}", description=text.partition("\n\n")[2])
     try:
         (settings,) = parser.parse_args_into_dataclasses(words[1:])
-        measure(settings, ["python", "-m", "misa.dynamics", *words])
+        run(settings, ["python", "-m", "misa.dynamics", *words])
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def _of_verb(verb: str) -> tuple[type, Callable[[Any, list[str]], Path], str]:
+    """Arguments, function and description of a verb."""
+    if verb == "variance":
+        return VarianceArguments, measure, str(__doc__)
+    from misa.dynamics import rate_command
+
+    return rate_command.RateArguments, rate_command.measure_rate, str(rate_command.__doc__)
+
+
 def measure(settings: VarianceArguments, command: list[str]) -> Path:
-    """Measure every snapshot and write the two tables and the result.
+    """Measure every snapshot and write the three tables and the result.
 
     Args:
         settings: What to measure.
@@ -101,7 +130,9 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
     Raises:
         ValueError: If a model or the data is missing or unusable.
     """
-    from misa.dynamics.variance import compare
+    from misa.dynamics.comparison import compare
+    from misa.dynamics.staleness import COLUMNS as STALENESS_COLUMNS
+    from misa.dynamics.staleness import between, mean_staleness
     from misa.results import Result, provenance, write_result
 
     start = time.perf_counter()
@@ -109,8 +140,10 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
     variances: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
     snapshots = find_snapshots(settings.model)
+    of_run: dict[str, list[tuple[str, int, Any]]] = {}
     for snapshot in snapshots:
         gradients, names = snapshot_gradients(snapshot, settings)
+        of_run.setdefault(snapshot.run, []).append((snapshot.name, snapshot.step, gradients))
         columns = {"snapshot": snapshot.name, "step": snapshot.step}
         values = zip(gradients.layer, gradients.numel, gradients.sq_norm, gradients.noise, strict=True)
         for (block, matrix), (layer, numel, sq_norm, noise) in zip(names, values, strict=True):
@@ -136,8 +169,17 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
                 f"{100 * row['variance_agreement']:+.2f} %), captured {100 * row['captured_share']:.3g} %, "
                 f"effective blocks {row['effective_blocks']:.3g}"
             )
+    stale = [
+        row
+        for own in of_run.values()
+        for row in between(sorted(own, key=lambda item: item[1]), settings.budget, settings.effective_share)
+    ]
+    if settings.follow_rounds:
+        stale += follow_last(snapshots[-1], settings)
+    metrics |= mean_staleness(stale)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    write_csv(stale, STALENESS_COLUMNS, folder / "staleness.csv")
     write_csv(norms, NORM_COLUMNS, folder / "gradient_norms.csv")
     write_csv(variances, VARIANCE_COLUMNS, folder / "variance.csv")
     result = Result(
@@ -148,7 +190,7 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
         data=Path(settings.dataset_path).resolve().name,
         seed=settings.seed,
         config={**asdict(settings), "snapshots": [asdict(snapshot) for snapshot in snapshots]},
-        provenance=provenance(command, data_digest(settings)),
+        provenance=provenance(command, data_digest(settings.dataset_path, settings.split)),
         metrics=metrics,
         timings={"measure_s": time.perf_counter() - start},
     )
@@ -168,19 +210,13 @@ def snapshot_gradients(snapshot: Snapshot, settings: VarianceArguments) -> tuple
     """
     from transformers.utils import logging as transformers_logging
 
-    from misa.dynamics.batches import load_batches
     from misa.dynamics.gradients import block_gradients, matrix_name
-    from misa.models import load_model, load_tokenizer
+    from misa.models import load_model
     from misa.optimizer import partition
 
     transformers_logging.disable_progress_bar()
     model = load_model(snapshot.folder, "float32")
-    tokenizer = load_tokenizer(snapshot.folder)
-    batches = load_batches(
-        *(settings.dataset_path, tokenizer, settings.num_batches, settings.batch_size, settings.seq_len),
-        seed=settings.seed,
-        split=settings.split,
-    )
+    batches = population(snapshot, settings, settings.seed, settings.num_batches)
     blocks = partition(model)
 
     def report(done: int, total: int) -> None:
@@ -193,10 +229,41 @@ def snapshot_gradients(snapshot: Snapshot, settings: VarianceArguments) -> tuple
     return gradients, [(block.name, matrix_name(block)) for block in blocks]
 
 
+def population(snapshot: Snapshot, settings: VarianceArguments, seed: int, num_batches: int) -> list[dict[str, Any]]:
+    """Draw mini-batches for a snapshot's tokenizer; the same for all snapshots with one tokenizer."""
+    from misa.dynamics.batches import load_batches
+    from misa.models import load_tokenizer
+
+    sizes = (num_batches, settings.batch_size, settings.seq_len)
+    tokenizer = load_tokenizer(snapshot.folder)
+    return load_batches(settings.dataset_path, tokenizer, *sizes, seed=seed, split=settings.split)
+
+
+def follow_last(snapshot: Snapshot, settings: VarianceArguments) -> list[dict[str, Any]]:
+    """Train some rounds from a snapshot under each policy; see `misa.dynamics.staleness.follow`."""
+    from misa.dynamics.staleness import FollowSettings, follow
+    from misa.models import load_model
+
+    rounds = FollowSettings(
+        settings.follow_rounds,
+        settings.interval,
+        settings.budget,
+        settings.learning_rate,
+        settings.effective_share,
+        settings.seed,
+    )
+    # Other text than what is measured on, so that training does not fit the measurement.
+    measured = population(snapshot, settings, settings.seed, settings.num_batches)
+    trained = population(snapshot, settings, settings.seed + 1, settings.interval)
+    model = load_model(snapshot.folder, "float32")
+    return list(follow(model, measured, trained, rounds, snapshot.name, snapshot.step))
+
+
 def find_snapshots(models: list[str]) -> list[Snapshot]:
     """Resolve what `--model` was given.
 
-    A snapshot is called by the name before `=`, or by its folder; a folder called `model` by the run it lies in. Its
+    A snapshot is called by the name before `=`, or by its folder; a folder called `model` by the run it lies in. A
+    folder called `snapshots` stands for all snapshots in it, which are called by the run and their step. Its
     step is read from `trainer_state.json` in the folder, or from a folder name that ends in a number such as
     `checkpoint-50`, or, for the model of a finished run, from the run's last curve point.
 
@@ -215,8 +282,14 @@ def find_snapshots(models: list[str]) -> list[Snapshot]:
         folder = Path(path if equals else word)
         if not folder.is_dir():
             raise ValueError(f"model {folder} is not a folder")
-        own = folder.resolve().parent.name if folder.resolve().name == "model" else folder.resolve().name
-        snapshots.append(Snapshot(name if equals else own, str(folder), snapshot_step(folder)))
+        whole, run = folder.resolve(), folder.resolve().parent.name
+        if whole.name == "snapshots":
+            steps = sorted((snapshot_step(inside), inside) for inside in folder.iterdir() if inside.is_dir())
+            snapshots += [Snapshot(f"{run}-{step}", str(inside), step, run) for step, inside in steps]
+            continue
+        own = run if whole.name == "model" else whole.name
+        run = run if whole.name == "model" or not equals else name
+        snapshots.append(Snapshot(name if equals else own, str(folder), snapshot_step(folder), run))
     names = [snapshot.name for snapshot in snapshots]
     if len(set(names)) < len(names):
         raise ValueError(f"two snapshots have the same name among {', '.join(names)}; give them as NAME=FOLDER")
@@ -238,12 +311,11 @@ def snapshot_step(folder: Path) -> int:
     return UNKNOWN_STEP
 
 
-def data_digest(settings: VarianceArguments) -> str:
+def data_digest(dataset_path: str, split: str) -> str:
     """SHA-256 over the data file the batches come from."""
     from misa.data.records import require_split
 
-    path = require_split(settings.dataset_path, settings.split)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(require_split(dataset_path, split).read_bytes()).hexdigest()
 
 
 def write_csv(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
@@ -258,7 +330,3 @@ def write_csv(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) 
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,6 @@ variance at the same budget; they differ in how much the captured gradient varie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +26,16 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+#: Upper bound on eta times score in the authors' code.
+OFFICIAL_CLIP = 5.0
+
 #: Every scheme that is compared, in the order in which tables and figures show them.
 SCHEMES = (
     "layer_cyclic",
     "layer_uniform",
     "matrix_uniform",
     "matrix_importance_eta1",
+    "matrix_importance_official",
     "matrix_importance_auto",
     "matrix_oracle",
 )
@@ -78,6 +81,11 @@ class BlockGradients:
         It is what the moving average of mean squared mini-batch gradient norms tends to when the weights stand still.
         """
         return self.second_moment / self.numel
+
+    @property
+    def official_scores(self) -> Array:
+        r"""The authors' code's score at fixed weights: the squared mean norm, not scaled by size; shape `[B]`."""
+        return np.asarray(np.sqrt(self.batch_sq_norm).mean(axis=0) ** 2)
 
 
 @dataclass(frozen=True)
@@ -143,7 +151,10 @@ def draw_of(scheme: str, gradients: BlockGradients, budget: float, effective_sha
     - `matrix_uniform`: the same for matrices.
     - `matrix_importance_eta1`: matrices, weights \(p = \mathrm{softmax}(\eta s_b / n_b)\) with \(\eta = 1\), the
       paper's default.
-    - `matrix_importance_auto`: the same with the \(\eta\) at which \(1 / \sum p^2\) is `effective_share` of all blocks.
+    - `matrix_importance_official`: the same by the authors' code, \(\mathrm{softmax}(\min(5, \eta \bar n_b^2))\) with
+      \(\eta = 1\) and the mean norm \(\bar n_b = \frac1N \sum_i \lVert g_{i,b} \rVert\).
+    - `matrix_importance_auto`: as the paper's with the \(\eta\) at which \(1 / \sum p^2\) is `effective_share` of all
+      blocks.
     - `matrix_oracle`: weights \(\sqrt{s_b / n_b}\) from the true second moments. It has the least variance of all
       draws at the budget (Lagrange multiplier on \(\sum_b s_b / \pi_b\)): the bound the others can approach.
 
@@ -173,19 +184,23 @@ def draw_of(scheme: str, gradients: BlockGradients, budget: float, effective_sha
     if scheme == "matrix_oracle":
         weights = np.sqrt(gradients.scores)
         weights = weights / weights.sum()
+    elif scheme == "matrix_importance_official":
+        weights = importance_weights(gradients.official_scores, 1.0, clip=OFFICIAL_CLIP)
     elif scheme.startswith("matrix_importance"):
         weights = importance_weights(gradients.scores, 1.0 if scheme.endswith("eta1") else "auto", effective_share)
     probability = inclusion_probabilities(weights, numel, budget * gradients.num_parameters)
     return Draw(units, probability, scheme == "layer_cyclic", weights)
 
 
-def importance_weights(scores: Array, eta: float | str, effective_share: float = 0.5) -> Array:
+def importance_weights(
+    scores: Array, eta: float | str, effective_share: float = 0.5, clip: float | None = None
+) -> Array:
     r"""\(p = \mathrm{softmax}(\eta \cdot \mathrm{scores})\), by the code the optimizer itself uses; shape `[B]`."""
     import torch
 
     from misa.optimizer.importance import probabilities
 
-    return probabilities(torch.from_numpy(np.asarray(scores, dtype=np.float64)), eta, share=effective_share).numpy()
+    return probabilities(torch.from_numpy(np.asarray(scores, dtype=np.float64)), eta, clip, effective_share).numpy()
 
 
 def variance_parts(gradients: BlockGradients, inclusion: Array) -> tuple[float, float]:
@@ -273,7 +288,8 @@ def monte_carlo(
     Returns:
         `variance_mc` and its standard error `variance_mc_stderr`; and of the captured share over draws the mean
         `captured_share_mc`, the standard deviation `captured_share_std`, which tells apart schemes of equal variance,
-        and the 5 % and 95 % quantiles `captured_share_q05` and `captured_share_q95`.
+        and the 5 % and 95 % quantiles `captured_share_q05` and `captured_share_q95`; and of what is applied without
+        weights `applied_mse_mc` and `applied_bias_sq_mc`.
 
     Raises:
         ValueError: If `num_draws` is below 2.
@@ -282,15 +298,20 @@ def monte_carlo(
         raise ValueError(f"num_draws is {num_draws}; it must be at least 2")
     inclusion, total = draw.inclusion, gradients.sq_norm.sum()
     inverse = np.divide(1.0, inclusion, out=np.zeros_like(inclusion), where=inclusion > 0)
-    distances, captured = [], []
+    distances, captured, applied = [], [], []
+    num_on = np.zeros(len(inclusion))
     for start in range(0, num_draws, chunk):
         size = min(chunk, num_draws - start)
-        weight = sample(draw, size, generator) * inverse  # [size, B]
+        on = sample(draw, size, generator)
+        num_on += on.sum(axis=0)
+        weight = on * inverse  # [size, B]
         batch = generator.integers(len(gradients.batch_sq_norm), size=size)
         # |w g_i - g|^2 = w^2 |g_i|^2 - 2 w <g_i, g> + |g|^2, block by block.
         second = weight**2 * gradients.batch_sq_norm[batch] - 2 * weight * gradients.batch_inner[batch]
         distances.append(second.sum(axis=1) + total)
-        captured.append((weight > 0) @ gradients.sq_norm / total)
+        captured.append(on @ gradients.sq_norm / total)
+        # The same with weight 1, for what is applied.
+        applied.append((on * (gradients.batch_sq_norm[batch] - 2 * gradients.batch_inner[batch])).sum(axis=1) + total)
     distance, share = np.concatenate(distances), np.concatenate(captured)
     return {
         "variance_mc": float(distance.mean()),
@@ -299,36 +320,6 @@ def monte_carlo(
         "captured_share_std": float(share.std(ddof=1)),
         "captured_share_q05": float(np.quantile(share, 0.05)),
         "captured_share_q95": float(np.quantile(share, 0.95)),
+        "applied_mse_mc": float(np.concatenate(applied).mean()),
+        "applied_bias_sq_mc": float(((1 - num_on / num_draws) ** 2 * gradients.sq_norm).sum()),
     }
-
-
-def compare(
-    gradients: BlockGradients,
-    budget: float,
-    schemes: Sequence[str] = SCHEMES,
-    num_draws: int = 100_000,
-    seed: int = 0,
-    effective_share: float = 0.5,
-) -> dict[str, dict[str, float]]:
-    """All quantities of all schemes at one budget, closed form and Monte Carlo.
-
-    Args:
-        gradients: What was measured.
-        budget: Share of all parameters.
-        schemes: Names out of `SCHEMES`.
-        num_draws: Monte Carlo steps of each scheme.
-        seed: Of the Monte Carlo; every scheme gets its own stream, so that adding one changes no other.
-        effective_share: See `draw_of`.
-
-    Returns:
-        Scheme name -> quantity -> value; see `quantities` and `monte_carlo`, and `variance_agreement`, the relative
-        difference of the Monte Carlo variance from the closed form.
-    """
-    table = {}
-    for scheme in schemes:
-        draw = draw_of(scheme, gradients, budget, effective_share)
-        generator = np.random.default_rng([seed, SCHEMES.index(scheme)])
-        row = quantities(gradients, draw) | monte_carlo(gradients, draw, num_draws, generator)
-        row["variance_agreement"] = row["variance_mc"] / row["variance"] - 1
-        table[scheme] = row
-    return table

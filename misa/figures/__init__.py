@@ -18,6 +18,8 @@ FIGURES = {
     "convergence": "convergence.csv",
     "gradient_variance": "variance.csv",
     "gradient_norms": "gradient_norms.csv",
+    "staleness": "staleness.csv",
+    "rate": "rate.csv",
     "memory": "memory.csv",
     "memory_sequence": "memory_grid.csv",
     "memory_stacked": "memory_grid.csv",

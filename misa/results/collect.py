@@ -29,10 +29,18 @@ TABLES: dict[str, tuple[str, ...]] = {
     "memory": ("method", "model", "batch_size", "seq_len", "checkpointing", "category", "bytes", "moment"),
     "variance": ("snapshot", "step", "scheme", "quantity", "value"),
     "gradient_norms": ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"),
+    "staleness": ("snapshot", "step", "source", "age", "quantity", "value"),
+    "rate": ("problem", "momentum_step", "interval", "seed", "num_updates", "lr", "mean_sq_norm"),
     "runs": _RUN_COLUMNS,
 }
 # Tables that the command which measured them writes beside its result.
-_COPIED = {"memory": "memory", "variance": "variance", "gradient_norms": "variance"}
+_COPIED = {
+    "memory": "memory",
+    "variance": "variance",
+    "gradient_norms": "variance",
+    "staleness": "variance",
+    "rate": "rate",
+}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ SCHEMA_VERSION = 1
 
 CURVE_COLUMNS = ("step", "tokens", "time_s", "metric", "value")
 
-Kind = Literal["finetune", "pretrain", "evaluate", "memory", "variance"]
+Kind = Literal["finetune", "pretrain", "evaluate", "memory", "variance", "rate"]
 
 
 class _Strict(BaseModel):
@@ -68,7 +68,7 @@ class Result(_Strict):
     Attributes:
         schema_version: Version of this format, 1.
         run: Name of the run, unique inside one study.
-        kind: What was done: finetune, pretrain, evaluate, memory or variance.
+        kind: What was done: finetune, pretrain, evaluate, memory, variance or rate.
         method: Name of the training method, a key of `misa.methods.METHODS`, or "none" for an untrained model.
         model: Name of the model or of the model size.
         data: Name of the data set.

@@ -34,6 +34,9 @@ class RunOptions:
         None, "start from this: a checkpoint of a run (with its step and optimizer), or a model folder (weights alone)"
     )
     save_model: bool = _option(True, "write the trained model into model/")
+    snapshot_steps: str | None = _option(
+        None, "write the weights after these steps into snapshots/ in output_dir: comma list, or none"
+    )
     stop_on_nan: bool = _option(True, "stop with an error at the first loss that is not a finite number")
     tags: str | None = _option(None, "words to find the run by, kept in its result file")
 

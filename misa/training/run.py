@@ -36,6 +36,7 @@ from misa.training.space import require_space
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
+SNAPSHOTS_FOLDER = "snapshots"
 
 # Settings that say where a run lies, how it is shown, kept or fed, or that follow from others: two runs that differ
 # in these alone have the same result.
@@ -208,6 +209,7 @@ def _finished(job: Job, output: Path, scratch: Path) -> Result | None:
     # The result goes last: as long as it is there, this run is the finished one.
     remove_checkpoints(scratch)
     shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
+    shutil.rmtree(output / SNAPSHOTS_FOLDER, ignore_errors=True)
     (output / CURVES_FILE).unlink(missing_ok=True)
     (output / RESULT_FILE).unlink()
     return None
@@ -242,9 +244,11 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from misa.methods import build
     from misa.training.meter import Meter
     from misa.training.progress import Progress
+    from misa.training.snapshots import Snapshots, snapshot_steps
     from misa.training.trainer import Schedule, Trainer
 
     arguments = job.training
+    steps = snapshot_steps(job.run.snapshot_steps, arguments.max_steps)
     parts = job.make()
     if job.settings.get("loss") == "chunked":
         ChunkedLoss(parts.model)
@@ -280,6 +284,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     require_space(job, built)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if job.run.snapshot_steps is not None:
+        trainer.add_callback(Snapshots(Path(job.run.output_dir) / SNAPSHOTS_FOLDER, steps, parts.tokenizer))
     trainer.add_callback(Progress(meter, bar=False if arguments.disable_tqdm else None))
     return parts, built, trainer, meter
 

@@ -12,6 +12,8 @@ from torch import nn
 from misa.dynamics.batches import load_batches
 from misa.dynamics.command import find_snapshots, main, snapshot_step
 from misa.dynamics.gradients import block_gradients, layer_indices, matrix_name
+from misa.dynamics.staleness import between
+from misa.dynamics.variance import BlockGradients
 from misa.optimizer import partition
 
 
@@ -84,24 +86,37 @@ def test_no_batches_and_a_zero_gradient_are_refused(problem):
 
 
 @pytest.fixture(scope="module")
-def snapshot(tmp_path_factory):
-    """A corpus of this project's own dependencies, and an untrained small LLaMA with its tokenizer."""
-    from misa.data.corpus import make_corpus
+def snapshot(tmp_path_factory, corpus):
+    """An untrained small LLaMA with its tokenizer, and the corpus that the tokenizer comes from."""
     from misa.models import build_model, load_tokenizer, model_config
 
     root = tmp_path_factory.mktemp("variance")
-    make_corpus(root / "corpus", packages=["networkx"], vocab_size=512, validation_share=0.1)
-    tokenizer = load_tokenizer(root / "corpus" / "tokenizer")
+    tokenizer = load_tokenizer(corpus / "tokenizer")
     folder = root / "checkpoint-3"
     build_model(model_config("2m", vocab_size=len(tokenizer)), seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder, root / "corpus"
+    return folder, corpus
 
 
 def test_command_writes_both_tables_and_the_result(snapshot, tmp_path):
     folder, corpus = snapshot
     words = ["variance", "--model", str(folder), f"again={folder}", "--dataset_path", str(corpus)]
-    words += ["--num_batches", "3", "--batch_size", "2", "--seq_len", "32", "--budget", "0.1", "--num_draws", "20000"]
+    words += [
+        "--num_batches",
+        "3",
+        "--batch_size",
+        "2",
+        "--seq_len",
+        "32",
+        "--budget",
+        "0.1",
+        "--num_draws",
+        "4000",
+        "--follow_rounds",
+        "2",
+        "--interval",
+        "4",
+    ]
     assert main([*words, "--output_dir", str(tmp_path)]) == 0
     norms = pd.read_csv(tmp_path / "gradient_norms.csv")
     assert list(norms.columns) == ["snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"]
@@ -116,6 +131,15 @@ def test_command_writes_both_tables_and_the_result(snapshot, tmp_path):
     np.testing.assert_allclose(first.loc["layer_uniform", "variance"], first.loc["matrix_uniform", "variance"])
     assert first["variance"].idxmin() == "matrix_oracle"
     assert (first["variance_agreement"].abs() < 0.1).all()
+    stale = pd.read_csv(tmp_path / "staleness.csv")
+    sources = {"round_start", "eta1", "auto", "auto_probed", "uniform", "fresh_eta1", "fresh_auto", "oracle"}
+    assert set(stale["source"]) == sources
+    assert set(stale.loc[stale["source"] == "round_start", "age"]) == {2, 4}
+    by_source = stale[stale["quantity"] == "captured_share"].groupby("source")["value"].mean()
+    assert by_source.between(0, 1).all()
+    # Scores of all blocks, measured one step ago on other text, know more than those of a first round alone.
+    correlation = stale[stale["quantity"] == "rank_correlation"].groupby("source")["value"].mean()
+    assert correlation["auto_probed"] > max(0.5, correlation["auto"])
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["kind"], result["config"]["budget"]) == ("variance", 0.1)
     assert len(result["provenance"]["data_digest"]) == 64
@@ -157,13 +181,47 @@ def test_step_of_a_snapshot(tmp_path):
     assert [found.name for found in find_snapshots([str(run), f"x={plain}"])] == ["run", "x"]
 
 
+def test_snapshots_of_a_run_are_found_in_order_and_compared_with_its_end(tmp_path):
+    for step in (100, 20):
+        (tmp_path / "run" / "snapshots" / f"step-{step}").mkdir(parents=True)
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "curves.csv").write_text("step,tokens,time_s,metric,value\n200,1,0.5,eval_loss,2.0\n")
+    found = find_snapshots([str(tmp_path / "run" / "snapshots"), str(tmp_path / "run" / "model")])
+    assert [(snapshot.name, snapshot.step, snapshot.run) for snapshot in found] == [
+        ("run-20", 20, "run"),
+        ("run-100", 100, "run"),
+        ("run", 200, "run"),
+    ]
+
+
+def test_scores_of_an_earlier_snapshot_are_judged_by_the_gradients_of_a_later_one():
+    rng = np.random.default_rng(0)
+
+    def snapshot(scale):
+        second = scale[None] * rng.uniform(0.9, 1.1, size=(4, len(scale)))
+        return BlockGradients(np.full(6, 10.0), np.arange(6), second, 0.5 * second, 100)
+
+    rising = 10.0 ** np.arange(6)
+    same = list(between([("a", 10, snapshot(rising)), ("b", 30, snapshot(2 * rising))], 0.2, 0.5))
+    values = {row["quantity"]: row["value"] for row in same}
+    assert {(row["snapshot"], row["step"], row["source"], row["age"]) for row in same} == {("b", 30, "snapshot", 20)}
+    assert values["rank_correlation"] == pytest.approx(1)
+    assert abs(values["captured_lost"]) < 0.1
+    turned = list(between([("a", 10, snapshot(rising)), ("b", 30, snapshot(rising[::-1]))], 0.2, 0.5))
+    values = {row["quantity"]: row["value"] for row in turned}
+    assert values["rank_correlation"] == pytest.approx(-1)
+    assert values["captured_lost"] > 0.5
+    assert values["variance_gained"] > 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["norms"], "verb is 'norms'; allowed: variance"),
+        (["norms"], "verb is 'norms'; allowed: variance, rate"),
         (["variance", "--model", "/nowhere"], "model /nowhere is not a folder"),
         (["variance", "--model", ".", "--budget", "3"], r"budget is 3.0; it must be in (0, 1]"),
         (["variance", "--model", ".", "--num_batches", "1"], "num_batches is 1; it must be at least 2"),
+        (["variance", "--model", ".", "--follow_rounds", "1"], "follow_rounds is 1 and interval 10; allowed are 0, or"),
         (["variance", "--model", "a=.", "a=."], "two snapshots have the same name"),
     ],
 )

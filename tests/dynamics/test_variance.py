@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
+from misa.dynamics.comparison import compare, real_draws
 from misa.dynamics.variance import (
     SCHEMES,
     BlockGradients,
     Draw,
-    compare,
     draw_of,
     importance_weights,
     inclusion_probabilities,
@@ -96,6 +96,44 @@ def test_monte_carlo_agrees_with_the_closed_form(scheme):
     closed = quantities(reduced, draw)
     assert abs(simulated["variance_mc"] - closed["variance"]) < 4 * simulated["variance_mc_stderr"]
     assert simulated["captured_share_mc"] == pytest.approx(closed["captured_share"], abs=0.01)
+
+
+def test_monte_carlo_and_closed_form_agree_within_one_percent():
+    _, reduced = problem(num_layers=4, num_batches=8)
+    for scheme, row in compare(reduced, 0.3, num_draws=100_000).items():
+        assert abs(row["variance_agreement"]) < 0.01, scheme
+        assert abs(row["applied_mse_agreement"]) < 0.01, scheme
+        assert row["captured_share_mc"] == pytest.approx(row["captured_share"], rel=0.01)
+        assert row["applied_bias_sq_mc"] == pytest.approx(row["applied_bias_sq"], rel=0.01)
+
+
+def test_authors_scores_are_squared_mean_norms_under_a_bound():
+    gradients, reduced = problem()
+    norms = np.array([np.sqrt((g**2).sum(1)).mean() for g in gradients])
+    np.testing.assert_allclose(reduced.official_scores, norms**2)
+    weights = draw_of("matrix_importance_official", reduced, 0.1).weights
+    np.testing.assert_allclose(weights, np.exp(norms**2) / np.exp(norms**2).sum())
+    large = BlockGradients(
+        reduced.numel, reduced.layer, 1e6 * reduced.batch_sq_norm, 1e6 * reduced.batch_inner, reduced.num_parameters
+    )
+    clipped = draw_of("matrix_importance_official", large, 0.1).weights
+    assert clipped.max() / clipped.min() <= np.exp(5) * (1 + 1e-9)
+
+
+def test_real_draws_stay_under_the_budget_and_count_what_they_apply():
+    _, reduced = problem(num_layers=4)
+    total = reduced.sq_norm.sum()
+    for scheme in SCHEMES:
+        found = real_draws(scheme, reduced, 0.5, 400, seed=0)
+        assert 0.3 < found["real_active_share"] <= 0.5
+        assert 0 < found["real_captured_share"] < 1
+        assert found["real_applied_bias_sq"] <= found["real_applied_mse"]
+    everything = real_draws("matrix_uniform", reduced, 1.0, 10, seed=0)
+    assert everything["real_captured_share"] == pytest.approx(1)
+    assert everything["real_applied_mse"] == pytest.approx(reduced.noise.sum() / total)
+    # No whole layer fits.
+    smallest = np.bincount(reduced.layer, weights=reduced.numel).min()
+    assert real_draws("layer_uniform", reduced, 0.9 * smallest / reduced.num_parameters, 10, seed=0) == {}
 
 
 def test_budget_is_met_exactly_by_every_scheme():

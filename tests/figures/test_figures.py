@@ -65,6 +65,35 @@ def gradient_norms():
     )
 
 
+def staleness():
+    aged = [("round_start", 5), ("round_start", 10), ("snapshot", 40)]
+    kept = [(source, 0) for source in ("eta1", "auto", "auto_probed")]
+    known = [(source, 0) for source in ("uniform", "fresh_eta1", "fresh_auto", "oracle")]
+    return pd.DataFrame(
+        [
+            ("checkpoint-5", 5 + number, source, age, quantity, value)
+            for number in (0, 10)
+            for i, (source, age) in enumerate([*aged, *kept, *known])
+            for quantity, value in (("rank_correlation", 1 - i / 20), ("captured_share", 0.05 + i / 50 + number / 999))
+            if quantity == "captured_share" or (source, age) not in known
+        ],
+        columns=["snapshot", "step", "source", "age", "quantity", "value"],
+    )
+
+
+def rate():
+    return pd.DataFrame(
+        [
+            (problem, line_16, interval, 0, k, 0.3 / k**0.5, interval * k ** (-0.5 - 0.1 * line_16))
+            for problem in ("waves", "llama")
+            for line_16 in (True, False)
+            for interval in (1, 5, 20, 50)
+            for k in (50, 100, 200)
+        ],
+        columns=["problem", "momentum_step", "interval", "seed", "num_updates", "lr", "mean_sq_norm"],
+    )
+
+
 def memory():
     return pd.DataFrame(
         [
@@ -142,6 +171,8 @@ TABLES = {
     "convergence": convergence,
     "gradient_variance": gradient_variance,
     "gradient_norms": gradient_norms,
+    "staleness": staleness,
+    "rate": rate,
     "memory": memory,
     "memory_sequence": memory_grid,
     "memory_stacked": memory_grid,

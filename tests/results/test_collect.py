@@ -79,8 +79,10 @@ def results(tmp_path):
         root / "memory/memory.csv", index=False
     )
     write_result(result("variance", "variance", "none"), root / "variance")
-    for name in ("variance", "gradient_norms"):
+    for name in ("variance", "gradient_norms", "staleness"):
         pd.DataFrame([dict.fromkeys(TABLES[name], 1)]).to_csv(root / "variance" / f"{name}.csv", index=False)
+    write_result(result("rate", "rate", "misa_paper"), root / "rate")
+    pd.DataFrame([dict.fromkeys(TABLES["rate"], 1)]).to_csv(root / "rate" / "rate.csv", index=False)
     return root
 
 

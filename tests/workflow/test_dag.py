@@ -22,7 +22,7 @@ from misa.results.collect import TABLES
 SCALES = ("laptop", "workstation", "paper")
 # Of the same shape, with sheets of their own for one question each.
 STUDIES = ("evidence",)
-COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "collect"}
+COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "rate", "collect"}
 DRAWING = {"figure": len(FIGURES), "score_tables": 1, "all": 1}
 OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
 
@@ -109,8 +109,8 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 
 
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
-    for name in (*TABLES, *GRID_TABLES):
-        table = tmp_path / "paper_figures" / "data" / f"{name}.csv"
+    for name in {"scores.csv", "runs.csv", *FIGURES.values()}:
+        table = tmp_path / "paper_figures" / "data" / name
         table.parent.mkdir(parents=True, exist_ok=True)
         table.touch()
     done = snakemake("-n", "--quiet", "rules", "--config", "results=cached", folder=tmp_path)

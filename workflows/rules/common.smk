@@ -44,6 +44,8 @@ FIGURE_TABLES = {
     "convergence": "convergence",
     "gradient_variance": "variance",
     "gradient_norms": "gradient_norms",
+    "staleness": "staleness",
+    "rate": "rate",
     "memory": "memory",
     "memory_sequence": "memory_grid",
     "memory_stacked": "memory_grid",
@@ -54,12 +56,16 @@ FIGURE_TABLES = {
 # Tables and figures of the full-size model, which a scale may leave out.
 GRID_TABLES = ["memory_grid", "memory_sweep", "memory_fit", "memory_levers"]
 GRID_FIGURES = [name for name, table in FIGURE_TABLES.items() if table in GRID_TABLES]
-DRAWN = [
-    name
-    for name in FIGURE_TABLES
-    if CACHED or config["memory_grid"]["in_all"] or name not in GRID_FIGURES
+ALL_TABLES = [
+    "convergence",
+    "scores",
+    "memory",
+    "variance",
+    "gradient_norms",
+    "staleness",
+    "rate",
+    "runs",
 ]
-ALL_TABLES = ["convergence", "scores", "memory", "variance", "gradient_norms", "runs"]
 
 # Heavy jobs take all cores and run one after another: more threads than --cores allows are scaled down to it.
 THREADS = config["threads"] or os.cpu_count()
@@ -117,6 +123,16 @@ def table_of(figure):
     table = FIGURE_TABLES[figure]
     folder = f"{OUT}/memory_grid" if table in GRID_TABLES and not CACHED else TABLES
     return f"{folder}/{table}.csv"
+
+
+def is_drawn(figure):
+    """Whether a figure is among those of the scale; of cached ones, whether its table was frozen."""
+    if CACHED:
+        return Path(table_of(figure)).is_file()
+    return figure not in GRID_FIGURES or config["memory_grid"]["in_all"]
+
+
+DRAWN = [figure for figure in FIGURE_TABLES if is_drawn(figure)]
 
 
 def runs_of(*kinds):

@@ -1,4 +1,4 @@
-# Scores of every model, memory of one training step, variance of the gradient; then one set of tidy tables.
+# Scores of every model, memory of one training step, variance of the gradient, rate of convergence; then one set of tidy tables.
 
 
 rule evaluate_pretrained:
@@ -95,11 +95,15 @@ rule memory:
 rule variance:
     input:
         models=expand(f"{OUT}/runs/{{run}}/model", run=config["variance"]["runs"]),
+        snapshots=expand(
+            f"{OUT}/runs/{{run}}/snapshots", run=config["variance"]["runs"]
+        ),
         data=rules.corpus.output.train,
     output:
         result=f"{OUT}/variance/result.json",
         variance=f"{OUT}/variance/variance.csv",
         norms=f"{OUT}/variance/gradient_norms.csv",
+        staleness=f"{OUT}/variance/staleness.csv",
     log:
         f"{LOGS}/variance.log",
     benchmark:
@@ -114,8 +118,33 @@ rule variance:
     message:
         "variance of the gradient under each way of drawing blocks"
     shell:
-        "python -m misa.dynamics variance --model {input.models} --dataset_path {params.data} {params.args}"
+        "python -m misa.dynamics variance --model {input.snapshots} {input.models} --dataset_path {params.data} {params.args}"
         " --output_dir {params.folder} > {log} 2>&1"
+
+
+rule rate:
+    input:
+        corpus=rules.corpus.output.digest,
+        tokenizer=rules.corpus.output.tokenizer,
+    output:
+        result=f"{OUT}/rate/result.json",
+        table=f"{OUT}/rate/rate.csv",
+    log:
+        f"{LOGS}/rate.log",
+    benchmark:
+        f"{OUT}/benchmarks/rate.tsv"
+    conda:
+        "../envs/misa.yaml"
+    threads: THREADS
+    params:
+        args=lookup("rate/args", within=config),
+        data=subpath(input.corpus, parent=True),
+        folder=subpath(output.result, parent=True),
+    message:
+        "rate of convergence of Algorithm 1"
+    shell:
+        "python -m misa.dynamics rate --dataset_path {params.data} {params.args} --output_dir {params.folder}"
+        " > {log} 2>&1"
 
 
 rule collect:
@@ -128,7 +157,13 @@ rule collect:
         memory=rules.memory.output.result,
         memory_table=rules.memory.output.table,
         variance=rules.variance.output.result,
-        variance_tables=[rules.variance.output.variance, rules.variance.output.norms],
+        rate=rules.rate.output.result,
+        rate_table=rules.rate.output.table,
+        variance_tables=[
+            rules.variance.output.variance,
+            rules.variance.output.norms,
+            rules.variance.output.staleness,
+        ],
     output:
         tables=expand(f"{OUT}/tables/{{table}}.csv", table=ALL_TABLES),
         manifest=f"{OUT}/tables/MANIFEST.json",
@@ -141,5 +176,5 @@ rule collect:
     message:
         "tidy tables from all result files"
     shell:
-        "python -m misa.results collect {input.runs} {input.scores} {input.memory} {input.variance}"
+        "python -m misa.results collect {input.runs} {input.scores} {input.memory} {input.variance} {input.rate}"
         " --output_dir {params.folder} > {log} 2>&1"

@@ -11,6 +11,7 @@ rule pretrain:
         result=f"{OUT}/runs/{{run}}/result.json",
         curves=f"{OUT}/runs/{{run}}/curves.csv",
         model=directory(f"{OUT}/runs/{{run}}/model"),
+        snapshots=directory(f"{OUT}/runs/{{run}}/snapshots"),
     log:
         f"{LOGS}/{{run}}.log",
     benchmark:
@@ -26,12 +27,19 @@ rule pretrain:
         args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
         shared=lookup(query="run == '{run}'", within=RUNS, cols="shared"),
         data=subpath(input.corpus, parent=True),
+        # Only runs that the variance is measured along write any.
+        snapshots=lambda wildcards: (
+            config["variance"]["snapshot_steps"]
+            if wildcards.run in config["variance"]["runs"]
+            else "none"
+        ),
         folder=subpath(output.result, parent=True),
         scratch=f"{SCRATCH}/{{run}}",
     message:
         "pre-training {wildcards.run} (progress: {log})"
     shell:
         "python -m misa.pretrain --dataset_path {params.data} {params.shared} {params.args} --run {wildcards.run}"
+        " --snapshot_steps {params.snapshots}"
         " --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir > {log} 2>&1"
 
 

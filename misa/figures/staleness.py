@@ -1,0 +1,77 @@
+"""How old importance scores may be: rank correlation with fresh ones, and the squared gradient that draws capture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from misa.figures import style as s
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+COLUMNS = ("snapshot", "step", "source", "age", "quantity", "value")
+# What scores are drawn by, from no knowledge to all of it; of fixed and automatic eta in the colours of their schemes.
+_SOURCES = {
+    "uniform": ("uniform", "matrix_uniform"),
+    "eta1": ("kept, $\\eta = 1$", "matrix_importance_eta1"),
+    "fresh_eta1": ("fresh, $\\eta = 1$", "matrix_importance_eta1"),
+    "auto": ("kept, auto $\\eta$", "matrix_importance_auto"),
+    "auto_probed": ("probed, auto $\\eta$", "matrix_importance_auto"),
+    "fresh_auto": ("fresh, auto $\\eta$", "matrix_importance_auto"),
+    "oracle": ("true norms", "matrix_oracle"),
+}
+_KEPT = ("eta1", "auto", "auto_probed")
+_AGES = {"round_start": "inside a round", "snapshot": "between snapshots"}
+
+
+def plot(table: pd.DataFrame) -> Figure:
+    """Draw the rank correlation by age and by how scores are kept, and the share captured by draws by each.
+
+    Points are single measurements, bars and horizontal lines means, whiskers the range.
+
+    Args:
+        table: Tidy table `staleness.csv`.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If columns are missing or there are no rows.
+    """
+    s.require(table, COLUMNS)
+    correlation = table[table["quantity"] == "rank_correlation"]
+    captured = table[(table["quantity"] == "captured_share") & table["source"].isin(list(_SOURCES))]
+    sources = [name for name in _SOURCES if (captured["source"] == name).any()]
+    with s.style():
+        figure = s.new_figure(2.0 + 0.2 * len(sources))
+        top, bottom = figure.subplots(2, 1, height_ratios=(1.2, max(1.0, 0.22 * len(sources))))
+        for (source, label), marker in zip(_AGES.items(), "os", strict=True):
+            own = correlation[correlation["source"] == source].groupby("age")["value"].agg(["mean", "min", "max"])
+            if len(own):
+                error = [own["mean"] - own["min"], own["max"] - own["mean"]]
+                top.errorbar(own.index, own["mean"], yerr=error, marker=marker, capsize=2, label=label)
+        styles = dict(zip(_KEPT, ("dotted", "dashed", (0, (4, 1, 1, 1))), strict=True))
+        for source in _KEPT:
+            own = correlation[correlation["source"] == source]["value"]
+            if len(own):
+                look = s.look(s.SCHEMES, _SOURCES[source][1])
+                label = f"{_SOURCES[source][0]}"
+                top.axhline(own.mean(), color=look.color, linestyle=styles[source], linewidth=1, label=label)
+        if len(correlation) and (correlation["age"] > 0).any():
+            top.set_xscale("log")
+        top.set_xlabel("age of the scores (steps)")
+        top.set_ylabel("rank correlation\nwith fresh scores")
+        top.set_ylim(min(0.0, correlation["value"].min() - 0.05) if len(correlation) else 0, 1.05)
+        figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        for y, source in enumerate(sources):
+            values: Any = 100 * captured.loc[captured["source"] == source, "value"]
+            look = s.look(s.SCHEMES, _SOURCES[source][1])
+            bottom.plot(values, [y] * len(values), marker=".", color=look.color, linestyle="none", alpha=0.4)
+            bottom.plot([values.mean()] * 2, [y - 0.3, y + 0.3], color=look.color, linewidth=2)
+        bottom.set_yticks(range(len(sources)), [_SOURCES[source][0] for source in sources])
+        bottom.set_ylim(len(sources) - 0.5, -0.5)
+        bottom.set_xlim(left=0)
+        bottom.grid(axis="y", visible=False)
+        bottom.set_xlabel("captured $\\|g\\|^2$ (%)")
+    return figure
