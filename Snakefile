@@ -3,6 +3,7 @@
 #   snakemake --cores all                                  the chain at laptop scale, into results/laptop
 #   snakemake --cores all --config results=cached          figures from paper_figures/data; trains nothing
 #   snakemake --cores all --config scale=workstation       another scale: laptop, workstation, paper
+#   snakemake --cores all --config scale=ablation          one question: ablation, tune (learning rates), evidence
 #   snakemake --cores all freeze                           copy the fresh tables into paper_figures/data
 #   snakemake --cores all memory_grid                      memory of a full-size model, on fake tensors
 #   snakemake --cores all freeze_memory_grid               copy its tables into paper_figures/data
@@ -36,11 +37,13 @@ rule all:
             ending=["pdf", "png"],
         ),
         rules.score_tables.output,
+        expand(f"{SCORES}/{{table}}.{{ending}}", table=WRITTEN, ending=["md", "tex"]),
 
 
 onstart:
     hold_lock()
     end_orphans()
+    name_left_out()
 
 
 onsuccess:

@@ -20,6 +20,7 @@ FIGURES = {
     "gradient_norms": "gradient_norms.csv",
     "staleness": "staleness.csv",
     "rate": "rate.csv",
+    "ablation": "ablation/settings.csv",
     "memory": "memory.csv",
     "memory_sequence": "memory_grid.csv",
     "memory_stacked": "memory_grid.csv",

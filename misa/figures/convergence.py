@@ -1,4 +1,4 @@
-"""Loss against steps and against training time, one row of panels for each kind of run."""
+"""Loss against steps, tokens and training time, one row of panels for each kind of run and its data."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-COLUMNS = ("kind", "run", "method", "seed", "step", "time_s", "metric", "value")
+COLUMNS = ("kind", "run", "method", "seed", "step", "tokens", "time_s", "metric", "value")
 _METRICS = {"eval_loss": "eval loss", "train_loss": "training loss"}
 _TITLES = {"pretrain": "Pre-training", "finetune": "Fine-tuning"}
+# Axis -> column, label, and what one unit of the label is.
+_AXES = {"step": ("steps", 1), "tokens": ("tokens (1000)", 1000), "time_s": ("training time (s)", 1)}
 
 
 def plot(table: pd.DataFrame) -> Figure:
     """Draw the loss of every method: mean over seeds, band from the lowest to the highest seed.
 
+    Seeds of one method see the same steps; tokens and time of a point are their means.
+
     Args:
         table: Tidy table `convergence.csv`. Drawn is the evaluation loss, and the training loss for a kind of run
-            that was not evaluated on the way.
+            that was not evaluated on the way. A column data, if there is one, splits the kinds.
 
     Returns:
         The figure.
@@ -34,39 +38,51 @@ def plot(table: pd.DataFrame) -> Figure:
     losses = table[table["metric"].isin(list(_METRICS))]
     if losses.empty:
         raise ValueError(f"table has no rows with metric {' or '.join(_METRICS)}")
-    kinds = [kind for kind in _TITLES if (losses["kind"] == kind).any()]
-    kinds += sorted(set(losses["kind"]) - set(kinds))
+    panels = _panels(losses if "data" in losses else losses.assign(data=""))
     order = s.in_order(s.METHODS, losses["method"])
     with s.style():
-        figure = s.new_figure(0.45 + 1.6 * len(kinds))
-        axes = figure.subplots(len(kinds), 2, sharey="row", squeeze=False)
+        figure = s.new_figure(0.45 + 1.5 * len(panels))
+        axes = figure.subplots(len(panels), len(_AXES), sharey="row", squeeze=False)
         handles: dict[tuple[int, str], Any] = {}
-        for row, kind in zip(axes, kinds, strict=True):
-            of_kind = losses[losses["kind"] == kind]
+        for row, (title, of_kind) in zip(axes, panels.items(), strict=True):
             metric = next(name for name in _METRICS if (of_kind["metric"] == name).any())
             of_kind = with_series(of_kind[of_kind["metric"] == metric])
             for (method, series), rows in of_kind.groupby(["method", "series"]):
-                steps = rows.groupby("step")[["time_s", "value"]].agg(["mean", "min", "max"]).sort_index()
+                points = rows.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"]).sort_index()
                 look = s.look(s.METHODS, method)
-                for ax, x in zip(row, (steps.index, steps["time_s"]["mean"]), strict=True):
-                    every = max(1, len(steps) // 6)
+                for ax, (column, (_, unit)) in zip(row, _AXES.items(), strict=True):
+                    x = points.index if column == "step" else points[column]["mean"] / unit
+                    every = max(1, len(points) // 4)
+                    value = points["value"]
                     (line,) = ax.plot(
-                        *(x, steps["value"]["mean"]),
+                        *(x, value["mean"]),
                         color=look.color,
                         linestyle=look.dash,
                         marker=look.marker,
                         markevery=every,
                     )
-                    ax.fill_between(
-                        *(x, steps["value"]["min"], steps["value"]["max"]), color=look.color, alpha=0.2, linewidth=0
-                    )
+                    ax.fill_between(x, value["min"], value["max"], color=look.color, alpha=0.2, linewidth=0)
                     handles.setdefault((order.index(method), series_label(series, method)), line)
             row[0].set_ylabel(f"{_METRICS[metric]} (nats/token)")
-            row[0].set_title(_TITLES.get(kind, kind), loc="left")
-            for ax, label in zip(row, ("steps", "training time (s)"), strict=True):
+            row[0].set_title(title, loc="left")
+            for ax, (label, _) in zip(row, _AXES.values(), strict=True):
                 ax.set_xlabel(label)
                 ax.set_xlim(left=0)
+                ax.locator_params(axis="x", nbins=3)
         keys = sorted(handles)
         lines, labels = [handles[key] for key in keys], [label for _, label in keys]
         figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 4))
     return figure
+
+
+def _panels(losses: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Rows of each kind, known kinds first, by title; a kind with several data sets is split."""
+    kinds = [kind for kind in _TITLES if (losses["kind"] == kind).any()]
+    kinds += sorted(set(losses["kind"]) - set(kinds))
+    panels = {}
+    for kind in kinds:
+        of_kind = losses[losses["kind"] == kind]
+        for data in dict.fromkeys(of_kind["data"]):
+            named = f": {data}" if of_kind["data"].nunique() > 1 else ""
+            panels[f"{_TITLES.get(kind, kind)}{named}"] = of_kind[of_kind["data"] == data]
+    return panels

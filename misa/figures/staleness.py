@@ -40,17 +40,20 @@ def plot(table: pd.DataFrame) -> Figure:
         ValueError: If columns are missing or there are no rows.
     """
     s.require(table, COLUMNS)
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     correlation = table[table["quantity"] == "rank_correlation"]
     captured = table[(table["quantity"] == "captured_share") & table["source"].isin(list(_SOURCES))]
     sources = [name for name in _SOURCES if (captured["source"] == name).any()]
     with s.style():
         figure = s.new_figure(2.0 + 0.2 * len(sources))
         top, bottom = figure.subplots(2, 1, height_ratios=(1.2, max(1.0, 0.22 * len(sources))))
-        for (source, label), marker in zip(_AGES.items(), "os", strict=True):
+        for (source, label), marker, color in zip(_AGES.items(), "os", ("#000000", "#777777"), strict=True):
             own = correlation[correlation["source"] == source].groupby("age")["value"].agg(["mean", "min", "max"])
             if len(own):
                 error = [own["mean"] - own["min"], own["max"] - own["mean"]]
-                top.errorbar(own.index, own["mean"], yerr=error, marker=marker, capsize=2, label=label)
+                look = {"color": color, "marker": marker, "capsize": 2}
+                top.errorbar(own.index, own["mean"], yerr=error, label=label, **look)
         styles = dict(zip(_KEPT, ("dotted", "dashed", (0, (4, 1, 1, 1))), strict=True))
         for source in _KEPT:
             own = correlation[correlation["source"] == source]["value"]
@@ -60,10 +63,17 @@ def plot(table: pd.DataFrame) -> Figure:
                 top.axhline(own.mean(), color=look.color, linestyle=styles[source], linewidth=1, label=label)
         if len(correlation) and (correlation["age"] > 0).any():
             top.set_xscale("log")
+            top.set_xticks(sorted(correlation.loc[correlation["age"] > 0, "age"].unique()))
+            top.xaxis.set_major_formatter(ScalarFormatter())
+            top.xaxis.set_minor_formatter(NullFormatter())
         top.set_xlabel("age of the scores (steps)")
         top.set_ylabel("rank correlation\nwith fresh scores")
         top.set_ylim(min(0.0, correlation["value"].min() - 0.05) if len(correlation) else 0, 1.05)
-        figure.legend(*top.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        handles, labels = top.get_legend_handles_labels()
+        known = sorted(zip(labels, handles, strict=True), key=lambda item: item[0] not in _AGES.values())
+        figure.legend(
+            [handle for _, handle in known], [label for label, _ in known], loc="outside upper center", ncols=3
+        )
         for y, source in enumerate(sources):
             values: Any = 100 * captured.loc[captured["source"] == source, "value"]
             look = s.look(s.SCHEMES, _SOURCES[source][1])

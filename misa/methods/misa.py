@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from misa.methods.blockwise import method
-from misa.optimizer.importance import OFFICIAL_RULE
+from misa.optimizer.importance import OFFICIAL_RULE, ScoreRule
 
 OPTIONS: dict[str, Any] = {
     "budget": 0.03,
@@ -31,10 +31,24 @@ def clipped(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def scored(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn the option `per_parameter`, if it is given, and `beta` into the default variant's score."""
+    options = dict(options)
+    per_parameter = options.pop("per_parameter")
+    if per_parameter is None:
+        return options
+    if options["variant"] != "default":
+        raise ValueError(f"per_parameter={per_parameter}: goes with variant='default', not {options['variant']!r}")
+    beta = options.pop("beta")
+    rule = replace(ScoreRule(), per_parameter=per_parameter)
+    return {**options, "score": rule if beta is None else replace(rule, beta=beta)}
+
+
 METHOD = method(
     "misa",
     f"weight matrices drawn by importance, a budget of parameters at a time; {HELD}",
-    {**OPTIONS, "variant": "default"},
+    {**OPTIONS, "variant": "default", "per_parameter": None},
+    resolve=scored,
 )
 UNIFORM = method(
     "misa_uniform",

@@ -37,6 +37,16 @@ def _run(options: argparse.Namespace) -> int:
         from misa.results.tables import write_score_tables
 
         _print(write_score_tables(options.tables, options.output_dir))
+    elif options.verb == "ablation":
+        from misa.results.ablation import write_ablation_table
+
+        _print(write_ablation_table(options.table, options.output_dir))
+    elif options.verb == "learning_rates":
+        from misa.results.tuning import apply_rates, write_tuning_table
+
+        _print(write_tuning_table(options.table, options.output_dir))
+        for sheet in options.sheets:
+            print(f"{sheet}: {', '.join(apply_rates(sheet, options.table)) or 'no row changed'}")
     elif options.verb == "benchmarks":
         from misa.results.benchmarks import write_benchmark_table
 
@@ -70,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     tables = verbs.add_parser("tables", help="tidy tables -> score tables in Markdown and LaTeX")
     tables.add_argument("--tables", required=True, help="folder with scores.csv and runs.csv")
     tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
+    ablation = verbs.add_parser("ablation", help="settings.csv of an ablation -> table of paired differences")
+    rates = verbs.add_parser(
+        "learning_rates", help="settings.csv of a grid of learning rates -> table of the chosen ones"
+    )
+    for one in (ablation, rates):
+        one.add_argument("--table", required=True, help="the file settings.csv")
+        one.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
+    rates.add_argument("--sheets", nargs="*", default=[], help="run sheets whose rows get the chosen learning rates")
     benchmarks = verbs.add_parser("benchmarks", help="tidy tables -> table of the paper's benchmarks, both protocols")
     benchmarks.add_argument("--tables", required=True, help="folder with scores.csv")
     benchmarks.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")

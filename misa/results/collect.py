@@ -21,7 +21,7 @@ MANIFEST_FILE = "MANIFEST.json"
 _RUN_COLUMNS = ("run", "kind", "method", "seed", "model", "data")
 #: Columns of each table. `runs` has further ones, from the metrics, peaks and timings of its runs.
 TABLES: dict[str, tuple[str, ...]] = {
-    "convergence": ("kind", "run", "method", "seed", "step", "tokens", "time_s", "metric", "value"),
+    "convergence": ("kind", "data", "run", "method", "seed", "step", "tokens", "time_s", "metric", "value"),
     "scores": (
         *("run", "method", "seed", "task", "metric", "value", "stderr"),
         *("num_documents", "task_version", "prompt_hash"),
@@ -31,6 +31,11 @@ TABLES: dict[str, tuple[str, ...]] = {
     "gradient_norms": ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"),
     "staleness": ("snapshot", "step", "source", "age", "quantity", "value"),
     "rate": ("problem", "momentum_step", "interval", "seed", "num_updates", "lr", "mean_sq_norm"),
+    "settings": (
+        *("run", "kind", "method", "seed", "data", "learning_rate"),
+        *("granularity", "budget", "num_blocks", "interval", "eta", "state_policy", "per_parameter", "probe_every"),
+        *("num_steps", "eval_loss", "train_s"),
+    ),
     "runs": _RUN_COLUMNS,
 }
 # Tables that the command which measured them writes beside its result.
@@ -102,6 +107,8 @@ def collect(found: Sequence[Found]) -> dict[str, pd.DataFrame]:
     for item in found:
         result = item.result
         rows["runs"].append(_run_row(result))
+        if result.kind in ("finetune", "pretrain"):
+            rows["settings"].append(_settings_row(result))
         if result.kind in ("finetune", "pretrain") and result.curves is not None:
             rows["convergence"] += _curve_rows(item)
         if result.kind == "evaluate":
@@ -186,9 +193,23 @@ def _run_row(result: Result) -> dict[str, Any]:
     return row
 
 
+def _settings_row(result: Result) -> dict[str, Any]:
+    """What a training run was told, and how it ended; None where a method has no such setting or leaves it open."""
+    told = {**result.config.get("method_settings", {}), "learning_rate": result.config.get("learning_rate")}
+    ended = {**result.metrics, **result.timings}
+    known = {name: getattr(result, name) for name in ("run", "kind", "method", "seed", "data")}
+    return {name: known.get(name, ended.get(name, told.get(name))) for name in TABLES["settings"]}
+
+
 def _curve_rows(item: Found) -> list[Mapping[str, Any]]:
     result = item.result
-    columns = {"kind": result.kind, "run": result.run, "method": result.method, "seed": result.seed}
+    columns = {
+        "kind": result.kind,
+        "data": result.data,
+        "run": result.run,
+        "method": result.method,
+        "seed": result.seed,
+    }
     points = read_curves(item.folder / str(result.curves))
     return [columns | point.model_dump() for point in points]
 

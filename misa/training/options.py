@@ -81,6 +81,7 @@ class MethodOptions:
     order: str | None = _option(None, "how blocks are drawn: importance, uniform, ascending, descending or shuffled")
     effective_share: float | None = _option(None, "with eta auto: share of the blocks that is likely to be drawn")
     beta: float | None = _option(None, "factor of the moving average of the importance scores")
+    per_parameter: bool | None = _option(None, "divide a block's score by its size; default: yes")
     clip: float | None = _option(None, "upper bound on eta times score in the authors' code, their G_clip")
     first_pass: bool | None = _option(None, "draw every block once before importance counts")
     sample_last: int | None = _option(None, "longest-idle blocks forced into each draw")

@@ -94,6 +94,22 @@ def rate():
     )
 
 
+def settings():
+    common = {"method": "misa", "granularity": "matrix", "eta": "auto", "interval": 10.0, "probe_every": 0}
+    others = [
+        *({"method": "misa_paper"}, {"granularity": "layer"}, {"granularity": "layer", "eta": "0.0"}, {"eta": "0.0"}),
+        *({"interval": 5.0}, {"interval": 50.0}),
+    ]
+    return pd.DataFrame(
+        [
+            {"run": f"{i}-s{seed}", "kind": "pretrain", "seed": seed, **common, **other}
+            | {"eval_loss": 5 + seed + i / 10, "train_s": 100.0}
+            for seed in (0, 1)
+            for i, other in enumerate([{}, *others])
+        ]
+    )
+
+
 def memory():
     return pd.DataFrame(
         [
@@ -173,6 +189,7 @@ TABLES = {
     "gradient_norms": gradient_norms,
     "staleness": staleness,
     "rate": rate,
+    "ablation": settings,
     "memory": memory,
     "memory_sequence": memory_grid,
     "memory_stacked": memory_grid,
@@ -295,6 +312,30 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged():
     labels = texts(plot("convergence", pd.concat([table, other])))
     assert {"finetune-misa", "finetune-misa-delta10"} <= set(labels)
     assert "MISA" in texts(plot("convergence", table))
+
+
+def test_kinds_are_split_by_their_data():
+    table = convergence()
+    two = pd.concat([table.assign(data="family"), table[table["kind"] == "finetune"].assign(data="math")])
+    titles = [axes.get_title(loc="left") for axes in plot("convergence", two).axes]
+    assert [title for title in titles if title] == ["Pre-training", "Fine-tuning: family", "Fine-tuning: math"]
+
+
+def test_ablation_shows_each_setting_once_with_its_paired_difference():
+    figure = plot("ablation", settings())
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [
+        "MISA, Algorithm 1",
+        "blocks = layer",
+        "blocks = layer; $\\eta$ = 0",
+        "$\\eta$ = 0",
+        "T = 5",
+        "T = 50",
+    ]
+    means = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert means == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    with pytest.raises(ValueError, match="all runs of the table have the same setting"):
+        plot("ablation", settings().iloc[:1])
 
 
 def test_wrong_tables_are_named(tmp_path, capsys):

@@ -282,3 +282,15 @@ def test_times_of_several_commands_stand_in_one_table(tmp_path):
     assert main(["time", "make test", "0", "--output", str(tmp_path / "t.json")]) == 2
     (tmp_path / "t.json").write_text("[]")
     assert main(["time", "make test", "1", "--output", str(tmp_path / "t.json")]) == 2
+
+
+def test_collected_settings_say_what_each_run_was_told(tmp_path):
+    told = {"granularity": "matrix", "budget": 0.03, "interval": 50, "eta": "auto", "per_parameter": None}
+    config = {"learning_rate": 1e-3, "method_settings": told}
+    write_result(result("a", "pretrain", config=config, metrics={"eval_loss": 4.5}), tmp_path / "runs" / "a")
+    write_result(result("b", "pretrain", "adamw", config={"learning_rate": 2e-3}), tmp_path / "runs" / "b")
+    assert main(["collect", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "tables")]) == 0
+    rows = read_table(tmp_path / "tables" / "settings.csv").set_index("run")
+    assert rows.loc["a", ["budget", "eta", "learning_rate", "eval_loss"]].tolist() == [0.03, "auto", 1e-3, 4.5]
+    assert rows.loc["b", "learning_rate"] == 2e-3
+    assert pd.isna(rows.loc["b", "budget"])

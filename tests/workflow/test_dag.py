@@ -21,9 +21,10 @@ from misa.results.collect import TABLES
 
 SCALES = ("laptop", "workstation", "paper")
 # Of the same shape, with sheets of their own for one question each.
-STUDIES = ("evidence",)
+STUDIES = ("evidence", "ablation", "tune")
 COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "rate", "collect"}
-DRAWING = {"figure": len(FIGURES), "score_tables": 1, "all": 1}
+# Each study of one question has a table, and the ablation a figure.
+DRAWING = {"figure": len(FIGURES), "score_tables": 1, "study_table": 2, "all": 1}
 OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
 
 
@@ -48,7 +49,7 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout
     kinds = Counter(row["kind"] for row in sheet(repository, scale))
     grid = yaml.safe_load((repository / "workflows" / "config" / f"{scale}.yaml").read_text())["memory_grid"]
-    drawn = len(FIGURES) - (0 if grid["in_all"] else len(OF_GRID))
+    drawn = len(FIGURES) - (0 if grid["in_all"] else len(OF_GRID)) - 1
     planned_grid = {"memory_grid_part": len(grid["parts"]), "memory_grid_tables": 1} if grid["in_all"] else {}
     assert planned(done.stdout) == {
         **dict.fromkeys(COMPUTING, 1),
@@ -56,9 +57,24 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
         **kinds,
         "evaluate_pretrained": kinds["pretrain"],
         "evaluate_finetuned": kinds["finetune"] + 1,
-        **DRAWING,
+        "score_tables": 1,
+        "all": 1,
         "figure": drawn,
     }
+
+
+@pytest.mark.parametrize(("scale", "extra"), [("ablation", 1), ("tune", 0)])
+def test_study_of_one_question_has_a_table_and_a_folder_of_its_own(
+    snakemake, repository: Path, tmp_path: Path, scale: str, extra: int
+) -> None:
+    done = snakemake("-n", "--config", f"scale={scale}", "--quiet", "rules", "--", "all", "freeze", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    jobs = planned(done.stdout)
+    assert jobs["pretrain"] == len(sheet(repository, scale)) > 20
+    assert (jobs["study_table"], jobs["freeze"]) == (1, 1)
+    assert jobs["figure"] == len(FIGURES) - len(OF_GRID) - 1 + extra
+    done = snakemake("-n", f"paper_figures/data/{scale}/settings.csv", "--config", f"scale={scale}", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("scale", ["workstation", "evidence"])
@@ -109,7 +125,7 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 
 
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
-    for name in {"scores.csv", "runs.csv", *FIGURES.values()}:
+    for name in {"scores.csv", "runs.csv", "tune/settings.csv", *FIGURES.values()}:
         table = tmp_path / "paper_figures" / "data" / name
         table.parent.mkdir(parents=True, exist_ok=True)
         table.touch()
@@ -185,7 +201,7 @@ def test_missing_and_impossible_values_are_named(snakemake, repository: Path, tm
 def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
     done = snakemake("-n", "--config", "scale=desktop", folder=tmp_path)
     assert done.returncode != 0
-    assert "'desktop', allowed: evidence, laptop, paper, workstation" in done.stdout
+    assert "'desktop', allowed: ablation, evidence, laptop, paper, tune, workstation" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,14 @@ validate(config, "../schemas/config.schema.yaml")
 
 SCALE = config["scale"]
 CACHED = config["results"] == "cached"
+STUDY = config["study"]
 OUT = f"results/{SCALE}"
 LOGS = f"{OUT}/logs"
 SCRATCH = f"scratch/{SCALE}"
 BASE_MODEL = f"results/inputs/models/{config['base_model']}"
 
+# Where `freeze` puts the tables: those of a study of one question lie beside those of the headline comparison.
+FROZEN = "paper_figures/data" if STUDY == "headline" else f"paper_figures/data/{STUDY}"
 # Cached tables and figures are committed; fresh ones lie elsewhere, so that a run never changes what is committed.
 TABLES = "paper_figures/data" if CACHED else f"{OUT}/tables"
 FIGURES = "paper_figures" if CACHED else f"{OUT}/figures"
@@ -46,6 +49,7 @@ FIGURE_TABLES = {
     "gradient_norms": "gradient_norms",
     "staleness": "staleness",
     "rate": "rate",
+    "ablation": "settings",
     "memory": "memory",
     "memory_sequence": "memory_grid",
     "memory_stacked": "memory_grid",
@@ -53,6 +57,8 @@ FIGURE_TABLES = {
     "memory_fit": "memory_fit",
     "scores": "scores",
 }
+# Tables that only one study makes, by its name.
+STUDY_TABLES = {"ablation": "ablation", "learning_rates": "tune"}
 # Tables and figures of the full-size model, which a scale may leave out.
 GRID_TABLES = ["memory_grid", "memory_sweep", "memory_fit", "memory_levers"]
 GRID_FIGURES = [name for name, table in FIGURE_TABLES.items() if table in GRID_TABLES]
@@ -64,6 +70,7 @@ ALL_TABLES = [
     "gradient_norms",
     "staleness",
     "rate",
+    "settings",
     "runs",
 ]
 
@@ -121,18 +128,36 @@ for run in config["variance"]["runs"]:
 def table_of(figure):
     """Path of the table that a figure is drawn from."""
     table = FIGURE_TABLES[figure]
+    if CACHED and figure in STUDY_TABLES:
+        return f"{TABLES}/{figure}/{table}.csv"
     folder = f"{OUT}/memory_grid" if table in GRID_TABLES and not CACHED else TABLES
     return f"{folder}/{table}.csv"
+
+
+def study_table_of(name):
+    """Path of the table of settings that a study's own table is made from."""
+    return (
+        f"{TABLES}/{STUDY_TABLES[name]}/settings.csv"
+        if CACHED
+        else f"{TABLES}/settings.csv"
+    )
 
 
 def is_drawn(figure):
     """Whether a figure is among those of the scale; of cached ones, whether its table was frozen."""
     if CACHED:
         return Path(table_of(figure)).is_file()
+    if figure in STUDY_TABLES:
+        return STUDY == STUDY_TABLES[figure]
     return figure not in GRID_FIGURES or config["memory_grid"]["in_all"]
 
 
 DRAWN = [figure for figure in FIGURE_TABLES if is_drawn(figure)]
+WRITTEN = [
+    name
+    for name, study in STUDY_TABLES.items()
+    if (Path(study_table_of(name)).is_file() if CACHED else study == STUDY)
+]
 
 
 def runs_of(*kinds):
@@ -204,6 +229,15 @@ def end_orphans():
             )
             process.kill()
             psutil.wait_procs([process], timeout=5)
+
+
+def name_left_out():
+    """Say which runs of the sheet are not made, since they need real sets and no folder was given."""
+    if len(LEFT_OUT) and not CACHED:
+        print(
+            f"left out, because data_dir is not given: {', '.join(LEFT_OUT['run'])}",
+            file=sys.stderr,
+        )
 
 
 def write_report(targets):

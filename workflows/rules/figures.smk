@@ -55,3 +55,28 @@ rule score_tables:
         "score tables in Markdown and LaTeX"
     shell:
         "python -m misa.results tables --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
+
+
+rule study_table:
+    input:
+        table=lambda wildcards: study_table_of(wildcards.table),
+    output:
+        markdown=report(
+            f"{SCORES}/{{table}}.md",
+            caption="../report/study_table.rst",
+            category="Tables",
+            labels={"table": "{table}", "scale": SCALE},
+        ),
+        latex=f"{SCORES}/{{table}}.tex",
+    log:
+        f"{LOGS}/{{table}}.log",
+    wildcard_constraints:
+        table=one_of(STUDY_TABLES),
+    conda:
+        "../envs/misa.yaml"
+    params:
+        folder=subpath(output.markdown, parent=True),
+    message:
+        "table {wildcards.table} from {input.table}"
+    shell:
+        "python -m misa.results {wildcards.table} --table {input.table} --output_dir {params.folder} > {log} 2>&1"

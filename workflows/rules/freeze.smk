@@ -6,13 +6,13 @@ rule freeze:
         tables=rules.collect.output.tables,
         manifest=rules.collect.output.manifest,
     output:
-        tables=expand("paper_figures/data/{table}.csv", table=ALL_TABLES),
-        manifest="paper_figures/data/MANIFEST.json",
+        tables=expand(f"{FROZEN}/{{table}}.csv", table=ALL_TABLES),
+        manifest=f"{FROZEN}/MANIFEST.json",
     log:
         f"{LOGS}/freeze.log",
     conda:
         "../envs/misa.yaml"
     message:
-        "copying the tables into paper_figures/data"
+        f"copying the tables into {FROZEN}"
     script:
         "../scripts/freeze.py"

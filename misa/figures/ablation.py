@@ -1,0 +1,57 @@
+"""Every setting of an ablation against the common one: difference of the evaluation loss, paired by seed."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from misa.figures import style as s
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+COLUMNS = ("run", "kind", "method", "seed", "eval_loss", "train_s")
+
+
+def plot(table: pd.DataFrame) -> Figure:
+    """Draw the difference of every setting from the common one; right is worse.
+
+    Faint points are seeds, full ones means with two standard errors of the paired difference.
+
+    Args:
+        table: Tidy table `settings.csv`, runs of one kind.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If columns are missing, there are no rows, or nothing differs.
+    """
+    s.require(table, COLUMNS)
+    from misa.results.ablation import compare_settings
+
+    rows = compare_settings(table)
+    common, rows = rows[rows["factor"] == ""], rows[rows["factor"] != ""].reset_index(drop=True)
+    if rows.empty:
+        raise ValueError("all runs of the table have the same setting")
+    gaps = (rows["factor"] != rows["factor"].shift()).cumsum() - 1
+    places = [i + 0.5 * gap for i, gap in enumerate(gaps)]
+    with s.style():
+        figure = s.new_figure(0.75 + 0.145 * (places[-1] + 1))
+        ax = figure.subplots()
+        color = s.METHODS["misa"].color
+        for y, row in zip(places, rows.itertuples(), strict=True):
+            ax.plot(row.differences, [y] * len(row.differences), ".", color=color, alpha=0.35, markersize=4)
+            error = None if math.isnan(row.stderr) else 2 * row.stderr
+            ax.errorbar(row.difference, y, xerr=error, color=color, marker="o", markersize=3.5, capsize=2)
+        ax.axvline(0, color="#777777", linewidth=0.8, linestyle=(0, (1, 1)))
+        ax.set_yticks(
+            places, [label.replace("eta =", "$\\eta$ =").replace("delta =", "$\\delta$ =") for label in rows["label"]]
+        )
+        ax.set_ylim(places[-1] + 0.7, -0.7)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("eval loss minus the common setting's\n(nats/token; right is worse)")
+        loss, seeds = common["loss"].iloc[0], common["num_seeds"].iloc[0]
+        ax.set_title(f"Common setting: {loss:.3f} nats/token, {seeds} seed{'s' if seeds > 1 else ''}", loc="left")
+    return figure

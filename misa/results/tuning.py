@@ -1,0 +1,128 @@
+"""Learning rates: one grid for all methods, what was chosen for each, and putting that into a run sheet."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from misa.files import write_text
+from misa.results.tables import Cell, to_latex, to_markdown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def mean_losses(settings: pd.DataFrame) -> pd.DataFrame:
+    """Mean final evaluation loss over seeds of every method at every learning rate.
+
+    Args:
+        settings: Tidy table `settings.csv` of a scale in which methods differ in their learning rate alone.
+
+    Returns:
+        A row for each method, a column for each learning rate; infinity where a run diverged, missing where none was
+        made.
+
+    Raises:
+        ValueError: If there are no rows, or runs of several kinds.
+    """
+    if settings.empty or settings["kind"].nunique() > 1:
+        kinds = ", ".join(settings["kind"].unique()) or "none"
+        raise ValueError(f"the table must have runs of one kind, found {kinds}")
+    losses = settings.assign(eval_loss=settings["eval_loss"].astype(float).fillna(math.inf))
+    return losses.pivot_table(index="method", columns="learning_rate", values="eval_loss", aggfunc="mean", sort=True)
+
+
+def chosen_rates(settings: pd.DataFrame) -> dict[str, float]:
+    """Learning rate with the lowest mean loss, by method; methods that diverged everywhere are left out."""
+    means = mean_losses(settings)
+    finite = means[means.map(math.isfinite).any(axis="columns")]
+    return {str(method): float(rate) for method, rate in finite.idxmin(axis="columns").items()}
+
+
+def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cell]]]:
+    """Build the table of the grid: losses, the chosen rate in bold, and whether it lies at an end of the grid.
+
+    Args:
+        settings: See `mean_losses`.
+
+    Returns:
+        Column headings and rows.
+    """
+    from misa.figures.style import METHODS, in_order, look
+
+    means, chosen = mean_losses(settings), chosen_rates(settings)
+    rows: list[list[str | Cell]] = []
+    for method in in_order(METHODS, means.index):
+        own = means.loc[method].dropna()
+        cells: list[str | Cell] = []
+        for rate in means.columns:
+            value = own.get(rate, math.nan)
+            is_chosen = chosen.get(method) == rate
+            cells.append(
+                "" if math.isnan(value) else Cell(value, best=is_chosen) if math.isfinite(value) else "diverged"
+            )
+        best = chosen.get(method)
+        at_end = best is not None and best in (own.index.min(), own.index.max())
+        rows.append([look(METHODS, method).label, *cells, "" if best is None else f"{best:g}", "yes" if at_end else ""])
+    head = ["method", *(f"loss at {rate:g}" for rate in means.columns), "chosen", "end of the grid"]
+    return head, rows
+
+
+def write_tuning_table(table: str | Path, output_dir: str | Path) -> list[Path]:
+    """Write `learning_rates.md` and `learning_rates.tex`.
+
+    Args:
+        table: The file `settings.csv`.
+        output_dir: Folder to write, made if needed.
+
+    Raises:
+        ValueError: If the table is missing or unusable.
+    """
+    from misa.figures import read_table
+
+    head, rows = tuning_table(read_table(table))
+    texts = {".md": to_markdown(head, rows), ".tex": to_latex(head, rows)}
+    return [write_text(Path(output_dir) / f"learning_rates{suffix}", text) for suffix, text in texts.items()]
+
+
+def apply_rates(sheet: str | Path, table: str | Path) -> list[str]:
+    """Write the chosen learning rates into the rows of a run sheet that are of the same kind and a known method.
+
+    Args:
+        sheet: A TSV file with the columns run, kind and args; changed in place.
+        table: The file `settings.csv`.
+
+    Returns:
+        Names of the runs whose row was changed.
+
+    Raises:
+        ValueError: If a file is missing or unusable.
+    """
+    from misa.figures import read_table
+
+    settings = read_table(table)
+    chosen, kind = chosen_rates(settings), settings["kind"].iloc[0]
+    path = Path(sheet)
+    if not path.is_file():
+        raise ValueError(f"sheet {sheet} does not exist")
+    head, *lines = path.read_text(encoding="utf-8").splitlines()
+    columns, changed = head.split("\t"), []
+    if not {"run", "kind", "args"} <= set(columns):
+        raise ValueError(f"sheet {sheet} lacks one of the columns run, kind, args")
+    for number, line in enumerate(lines):
+        cells = line.split("\t")
+        row = dict(zip(columns, cells, strict=True))
+        words = shlex.split(row["args"])
+        method = words[words.index("--method") + 1] if "--method" in words else ""
+        if row["kind"] != kind or method not in chosen:
+            continue
+        others = re.sub(r" ?--learning_rate \S+", "", row["args"])
+        cells[columns.index("args")] = others.replace(f"{method} ", f"{method} --learning_rate {chosen[method]:g} ", 1)
+        if "\t".join(cells) != line:
+            lines[number] = "\t".join(cells)
+            changed.append(row["run"])
+    write_text(path, "\n".join([head, *lines]) + "\n")
+    return changed

@@ -1,0 +1,116 @@
+"""Studies of one question: the grid of learning rates, and ablations paired by seed."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from misa.results.__main__ import main
+from misa.results.ablation import compare_settings
+from misa.results.tuning import chosen_rates
+
+INF = float("inf")
+
+
+def grid() -> pd.DataFrame:
+    losses = {
+        ("adamw", 1e-3): 5.0,
+        ("adamw", 2e-3): 4.5,
+        ("adamw", 4e-3): None,
+        ("misa", 1e-3): 6.0,
+        ("misa", 2e-3): 5.5,
+    }
+    losses |= {("misa", 4e-3): 5.2, ("lora", 1e-3): INF}
+    return pd.DataFrame(
+        [
+            {"run": f"{method}-{rate}-s{seed}", "kind": "pretrain", "method": method, "seed": seed}
+            | {"learning_rate": rate, "eval_loss": loss}
+            for (method, rate), loss in losses.items()
+            for seed in (0, 1)
+        ]
+    )
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "settings.csv"
+    grid().to_csv(path, index=False)
+    return path
+
+
+def test_lowest_mean_loss_is_chosen_and_divergence_never() -> None:
+    assert chosen_rates(grid()) == {"adamw": 2e-3, "misa": 4e-3}
+    with pytest.raises(ValueError, match="runs of one kind, found pretrain, finetune"):
+        chosen_rates(pd.concat([grid(), grid().assign(kind="finetune")]))
+
+
+def test_table_shows_the_grid_and_what_was_chosen(table: Path, tmp_path: Path) -> None:
+    assert main(["learning_rates", "--table", str(table), "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "learning_rates.md").read_text() == (
+        "| method | loss at 0.001 | loss at 0.002 | loss at 0.004 | chosen | end of the grid |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| AdamW | 5.00 | **4.50** | diverged | 0.002 |  |\n"
+        "| LoRA | diverged |  |  |  |  |\n"
+        "| MISA | 6.00 | 5.50 | **5.20** | 0.004 | yes |\n"
+    )
+    assert r"\mathbf{4.50}" in (tmp_path / "learning_rates.tex").read_text()
+
+
+def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sheet = tmp_path / "sheet.tsv"
+    sheet.write_text(
+        "run\tkind\targs\n"
+        "a\tpretrain\t--method adamw --seed 0\n"
+        "b\tpretrain\t--method misa --learning_rate 1e-5 --seed 0\n"
+        "c\tpretrain\t--method badam --seed 0\n"
+        "d\tfinetune\t--method misa --seed 0\n"
+    )
+    words = ["learning_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
+    assert main(words) == 0
+    assert f"{sheet}: a, b" in capsys.readouterr().out
+    assert sheet.read_text() == (
+        "run\tkind\targs\n"
+        "a\tpretrain\t--method adamw --learning_rate 0.002 --seed 0\n"
+        "b\tpretrain\t--method misa --learning_rate 0.004 --seed 0\n"
+        "c\tpretrain\t--method badam --seed 0\n"
+        "d\tfinetune\t--method misa --seed 0\n"
+    )
+    assert main(words) == 0
+    assert "no row changed" in capsys.readouterr().out
+
+
+def ablation() -> pd.DataFrame:
+    common = {"kind": "pretrain", "method": "misa", "granularity": "matrix", "eta": "auto", "interval": 10}
+    different = [{}, {"eta": "0.0"}, {"interval": 50}, {"method": "misa_official", "eta": "auto"}]
+    return pd.DataFrame(
+        [
+            {**common, **other, "run": f"{i}-s{seed}", "seed": seed, "train_s": 10.0 + i}
+            | {"eval_loss": 5 + seed + 0.11 * i + 0.01 * (seed - 1) * i}
+            for i, other in enumerate(different)
+            for seed in range(3)
+        ]
+    )
+
+
+def test_settings_are_paired_by_seed_with_the_common_one() -> None:
+    found = compare_settings(ablation()).set_index("label")
+    assert list(found.index) == ["common setting", "MISA, authors' code", "eta = 0", "T = 50"]
+    # Seeds differ by 1, settings by a ninth: without pairing, nothing could be told apart.
+    assert found.loc["eta = 0", "difference"] == pytest.approx(0.11)
+    assert found.loc["eta = 0", "stderr"] == pytest.approx(0.01 / 3**0.5)
+    assert found.loc["eta = 0", "p_value"] == pytest.approx(0.0027, abs=1e-4)
+    assert found.loc["T = 50", "differences"] == pytest.approx([0.2, 0.22, 0.24])
+    assert found.loc["T = 50", "num_seeds"] == 3
+
+
+def test_one_seed_has_differences_without_errors(tmp_path: Path) -> None:
+    table = tmp_path / "settings.csv"
+    ablation()[lambda rows: rows["seed"] == 1].to_csv(table, index=False)
+    assert main(["ablation", "--table", str(table), "--output_dir", str(tmp_path)]) == 0
+    lines = (tmp_path / "ablation.md").read_text().splitlines()
+    assert lines[2:] == [
+        "| common setting | 1 | 6.00 |  |  | 10.0 |",
+        "| MISA, authors' code | 1 | 6.33 | 0.330 |  | 13.0 |",
+        "| eta = 0 | 1 | 6.11 | 0.110 |  | 11.0 |",
+        "| T = 50 | 1 | 6.22 | 0.220 |  | 12.0 |",
+    ]
