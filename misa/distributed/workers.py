@@ -49,7 +49,9 @@ class Workers:
         together = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size() if together else 1
         self.rank = dist.get_rank() if together else 0
-        self._named = list(source.named_parameters() if isinstance(source, nn.Module) else source)
+        named = source.named_parameters() if isinstance(source, nn.Module) else source
+        # Quantized weights of other packages, which never train, are taken as they are.
+        self._named = [(name, p) for name, p in named if type(p) in (nn.Parameter, Tensor) or is_sharded(p)]
         self._sharding: Sharding | None = None
         self._exchange: Exchange | None = None
         self._wrapper: weakref.ref[nn.Module] | None = None
@@ -69,11 +71,6 @@ class Workers:
             if self._exchange is not None:
                 buffers = source.buffers() if isinstance(source, nn.Module) else ()
                 agree.copy_from_first([*params, *buffers])
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each process holds a part of every parameter."""
-        return self._sharding is not None
 
     # ---- gradients -------------------------------------------------------------------------------------------------
 
@@ -159,7 +156,10 @@ class Workers:
     def _before_forward(self) -> None:
         """Look at the wrapper around the model: is this pass one that only accumulates?"""
         wrapper = active_wrapper()
-        if wrapper is None or self._exchange is None:
+        if self._exchange is None:
+            return
+        if wrapper is None:
+            self._exchange.sync = True
             return
         if self._wrapper is None or self._wrapper() is not wrapper:
             self._exchange.off = not rest(wrapper)

@@ -14,6 +14,7 @@ from tiny import llama
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.distributed import Traffic
 from misa.distributed import wrapped
 from misa.optimizer import MISA
 
@@ -95,6 +96,18 @@ def without_switch() -> tuple[str, bool]:
     return said, same and any("do without the wrapper" in str(w.message) for w in caught)
 
 
+def bytes_sent() -> tuple[int, int, int]:
+    """Bytes of a backward pass that is reduced and of one that only accumulates, and of the active gradients."""
+    model = llama(2)
+    optimizer = MISA(model, budget=0.3, interval=2)
+    with Traffic() as held, optimizer.no_sync():
+        model(**rows(0)).loss.backward()
+    with Traffic() as sent:
+        model(**rows(1)).loss.backward()
+    active = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return sum(sent.sent_bytes.values()), sum(held.sent_bytes.values()), active
+
+
 def copies() -> bool:
     """A deep copy of an optimizer trains on between processes as the original does."""
     model = llama(2)
@@ -109,7 +122,7 @@ def copies() -> bool:
 
 CALLS = (
     *(drift, other_models, static_graph, static_graph_later, communication_hook, wrapper_is_alive, without_switch),
-    copies,
+    *(copies, bytes_sent),
 )
 
 

@@ -95,3 +95,10 @@ def test_wrapper_that_cannot_rest_must_find_unused_parameters(failures: list[dic
 @pytest.mark.support(DATA_PARALLEL, "copies of the optimizer")
 def test_copy_of_an_optimizer_trains_on(failures: list[dict[str, Any]]) -> None:
     assert all(found["copies"] for found in failures)
+
+
+def test_gradients_of_active_blocks_alone_are_sent(failures: list[dict[str, Any]]) -> None:
+    for found in failures:
+        sent, accumulating, active = found["bytes_sent"]
+        assert active <= sent <= 1.01 * active
+        assert accumulating == 0
