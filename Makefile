@@ -48,7 +48,7 @@ figures: $(STAMP) ## Draw the figures from the committed tables; trains nothing.
 	@echo "== figures: paper_figures; score table: paper_figures/tables"
 
 docs: $(STAMP) ## Build the documentation into results/site.
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "== documentation: results/site/index.html"
 
 freeze: $(STAMP) ## Copy the tables of the last study into paper_figures/data.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,13 @@ def prose(text: str) -> list[str]:
         if not in_code and not line.startswith(("```", "|", "<!--", "#")):
             lines.append(line)
     return lines
+
+
+def test_options_in_commands_exist(repository: Path) -> None:
+    """A misspelt option in a page is found without running the command."""
+    known = "\n".join(path.read_text(encoding="utf-8") for path in (repository / "misa").rglob("*.py"))
+    known += (repository / "benchmarks" / "training.py").read_text(encoding="utf-8")
+    for page in [repository / "README.md", *(repository / "docs").rglob("*.md")]:
+        for line in re.findall(r"python -m misa\.(?:[^\n`]|\\\n)*", page.read_text(encoding="utf-8")):
+            for option in re.findall(r"--([a-z_-]+)", line):
+                assert re.search(rf"\b{option.replace('-', '_')}\b", known), f"{page.name}: --{option}"
