@@ -192,14 +192,15 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
         columns.append([marked.get(series, "") for series in lines])
         prefix = "" if task == metric or metric in task else f"{task.replace('_', ' ')}: "
         head.append(f"{prefix}{metric.replace('_', ' ')}{' (%)' if percent > 1 else ''}")
-    series_of = dict(zip(*with_series(chosen)[["run", "series"]].to_numpy().T, strict=True)) if len(chosen) else {}
-    trained = runs[(runs["kind"] == kind) & runs["run"].isin(series_of)]
-    trained = trained.assign(series=trained["run"].map(series_of))
+    trained = runs[(runs["kind"] == kind) & runs["run"].isin(chosen["run"])]
+    # One method on two data sets is one series on each, not an ablation.
+    of_data = [(str(data), with_series(own)) for data, own in trained.groupby("data", sort=False)]
     for name, label, unit in (("train_s", "training (s)", 1), ("state_bytes", "optimizer state (MiB)", 2**20)):
-        if name in trained:
-            means = trained.groupby("series")[name].mean() / unit
-            columns.append([_number(means, series) for series in lines])
-            head.append(label)
+        for data, own in of_data:
+            if name in own:
+                means = own.groupby("series")[name].mean() / unit
+                columns.append([_number(means, series) for series in lines])
+                head.append(f"{data}: {label}" if len(of_data) > 1 else label)
     return head, [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -126,7 +126,9 @@ def test_other_number_of_sequences_is_another_run() -> None:
     assert differences(two, {**two, "num_processes": 1}) == "sequences_per_step 4 -> 2"
 
 
-def test_pretraining_on_a_stream_in_two_processes_gives_the_weights_of_one(small: Path, launch: Launch, tmp_path: Path) -> None:
+def test_pretraining_on_a_stream_in_two_processes_gives_the_weights_of_one(
+    small: Path, launch: Launch, tmp_path: Path
+) -> None:
     def of(name: str, batch_size: int) -> list[str]:
         options = {
             **METHOD,
