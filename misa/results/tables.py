@@ -203,11 +203,16 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
         if any(beside):
             columns.append(list(beside))
             head.append("published")
+    # One method on two data sets is one series on each, not an ablation.
+    of_data = [
+        (str(data), with_series(own)) for data, own in trained.drop(columns="series").groupby("data", sort=False)
+    ]
     for name, label, unit in (("train_s", "training (s)", 1), ("state_bytes", "optimizer state (MiB)", 2**20)):
-        if name in trained:
-            means = trained.groupby("series")[name].mean() / unit
-            columns.append([_number(means, series) for series in lines])
-            head.append(label)
+        for data, own in of_data:
+            if name in own:
+                means = own.groupby("series")[name].mean() / unit
+                columns.append([_number(means, series) for series in lines])
+                head.append(f"{data}: {label}" if len(of_data) > 1 else label)
     return head, [list(row) for row in zip(*columns, strict=True)]
 
 

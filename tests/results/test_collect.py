@@ -218,11 +218,23 @@ def test_perplexities_are_better_when_lower_and_not_percent():
             "num_documents": 5,
         }
     )
-    runs = scores[["run", "method"]].assign(kind="pretrain", model="2m", data="corpus", train_s=[1.0, 2.0])
+    runs = scores[["run", "method", "seed"]].assign(kind="pretrain", model="2m", data="corpus", train_s=[1.0, 2.0])
     head, rows = score_table(scores, runs, "pretrain")
     assert head == ["method", "runs", "perplexity: bits per byte", "training (s)"]
     assert "| MISA | 1 | **0.500** ± 0.010 | 2.00 |" in to_markdown(head, rows)
     assert r"\toprule" in to_latex(head, rows)
+
+
+def test_one_method_on_two_data_sets_is_one_line_with_a_time_for_each():
+    rows = [(f"{task}-misa-s{s}", "misa", s, task, "acc", 0.5, 0.01, 9) for task in ("math", "choice") for s in (0, 1)]
+    scores = pd.DataFrame(rows, columns=["run", "method", "seed", "task", "metric", "value", "stderr", "num_documents"])
+    runs = scores[["run", "method", "seed"]].assign(
+        kind="finetune", model="2m", data=scores["task"], train_s=[1.0, 3.0, 5.0, 7.0]
+    )
+    head, (line,) = score_table(scores, runs, "finetune")
+    assert head == ["method", "runs", "math: acc (%)", "choice: acc (%)", "math: training (s)", "choice: training (s)"]
+    assert line[:2] == ["MISA", "2"]
+    assert [cell.value for cell in line[2:]] == [50.0, 50.0, 2.0, 6.0]
 
 
 README = """# Title

@@ -69,13 +69,13 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
 def test_study_of_one_question_has_a_table_and_a_folder_of_its_own(
     snakemake, repository: Path, tmp_path: Path, scale: str, extra: int
 ) -> None:
-    done = snakemake("-n", "--config", f"scale={scale}", "--quiet", "rules", "--", "all", "freeze", folder=tmp_path)
+    done = snakemake("all", "freeze", "-n", "--quiet", "rules", "--config", f"scale={scale}", folder=tmp_path)
     assert done.returncode == 0, done.stdout
     jobs = planned(done.stdout)
     assert jobs["pretrain"] == len(sheet(repository, scale)) > 20
     assert (jobs["study_table"], jobs["freeze"]) == (1, 1)
     assert jobs["figure"] == len(FIGURES) - len(OF_GRID) - 1 + extra
-    done = snakemake("-n", f"paper_figures/data/{scale}/settings.csv", "--config", f"scale={scale}", folder=tmp_path)
+    done = snakemake(f"paper_figures/data/{scale}/settings.csv", "-n", "--config", f"scale={scale}", folder=tmp_path)
     assert done.returncode == 0, done.stdout
 
 
