@@ -46,11 +46,11 @@ def _run(options: argparse.Namespace) -> int:
     elif options.verb == "ablation":
         from misa.results.ablation import write_ablation_table
 
-        _print(write_ablation_table(options.table, options.output_dir))
+        _print(write_ablation_table(options.table, options.output_dir, options.page_dir))
     elif options.verb == "learning_rates":
         from misa.results.tuning import apply_rates, write_tuning_table
 
-        _print(write_tuning_table(options.table, options.output_dir))
+        _print(write_tuning_table(options.table, options.output_dir, options.page_dir))
         for sheet in options.sheets:
             print(f"{sheet}: {', '.join(apply_rates(sheet, options.table)) or 'no row changed'}")
     elif options.verb == "benchmarks":
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     for one in (ablation, rates):
         one.add_argument("--table", required=True, help="the file settings.csv")
         one.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
+        one.add_argument("--page_dir", "--page-dir", help="folder for a page of the report (default: none is written)")
     rates.add_argument("--sheets", nargs="*", default=[], help="run sheets whose rows get the chosen learning rates")
     pages = verbs.add_parser("pages", help="the same tables, and where all runs come from, as HTML pages of the report")
     pages.add_argument("--tables", required=True, help="folder of the tidy tables and their MANIFEST.json")

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misa.files import write_text
-from misa.results.tables import Cell, to_latex, to_markdown
+from misa.results.pages import write_table
+from misa.results.tables import Cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,12 +89,13 @@ def ablation_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | C
     return head, rows
 
 
-def write_ablation_table(table: str | Path, output_dir: str | Path) -> list[Path]:
-    """Write `ablation.md` and `ablation.tex`.
+def write_ablation_table(table: str | Path, output_dir: str | Path, page_dir: str | Path | None = None) -> list[Path]:
+    """Write `ablation.md`, `ablation.tex` and, for the report, `ablation.html`.
 
     Args:
         table: The file `settings.csv`.
         output_dir: Folder to write, made if needed.
+        page_dir: Folder of the page; None writes none.
 
     Raises:
         ValueError: If the table is missing or unusable.
@@ -102,8 +103,7 @@ def write_ablation_table(table: str | Path, output_dir: str | Path) -> list[Path
     from misa.figures import read_table
 
     head, rows = ablation_table(read_table(table))
-    texts = {".md": to_markdown(head, rows), ".tex": to_latex(head, rows)}
-    return [write_text(Path(output_dir) / f"ablation{suffix}", text) for suffix, text in texts.items()]
+    return write_table("ablation", head, rows, output_dir, page_dir)
 
 
 def _plain(value: object) -> str:

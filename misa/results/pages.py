@@ -11,7 +11,7 @@ from typing import Any
 from misa.files import write_text
 from misa.results.collect import MANIFEST_FILE
 from misa.results.published import published_table
-from misa.results.tables import SCORE_TABLES, Cell, cell_text, score_table
+from misa.results.tables import SCORE_TABLES, Cell, cell_text, score_table, to_latex, to_markdown
 
 #: The pages, each `NAME.html`.
 PAGES = (*SCORE_TABLES, "published", "runs")
@@ -31,6 +31,34 @@ def to_html(title: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     head_tags = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f"<!doctype html>\n<html><head>{head_tags}</head><body>\n<table>\n{body}\n</table>\n</body></html>\n"
+
+
+def write_table(
+    name: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str | Cell]],
+    output_dir: str | Path,
+    page_dir: str | Path | None = None,
+) -> list[Path]:
+    """Write a table in all of its forms.
+
+    Args:
+        name: Its name.
+        head: Column headings.
+        rows: The rows.
+        output_dir: Folder of `NAME.md` and `NAME.tex`.
+        page_dir: Folder of `NAME.html`, the report's page; None writes none.
+
+    Returns:
+        The paths written.
+    """
+    paths = [
+        write_text(Path(output_dir) / f"{name}.md", to_markdown(head, rows)),
+        write_text(Path(output_dir) / f"{name}.tex", to_latex(head, rows)),
+    ]
+    return (
+        paths if page_dir is None else [*paths, write_text(Path(page_dir) / f"{name}.html", to_html(name, head, rows))]
+    )
 
 
 def runs_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]:

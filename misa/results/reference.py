@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ def fill_page(text: str, root: str | Path) -> str:
         if name == "methods":
             return methods_table()
         if name == "figures":
-            return figures_section((root / "workflows" / "report" / "figure.rst").read_text(encoding="utf-8"))
+            there = {path.stem for path in (root / "paper_figures").glob("*.png")}
+            return figures_section((root / "workflows" / "report" / "figure.rst").read_text(encoding="utf-8"), there)
         table = root / "paper_figures" / "tables" / f"{name}.md"
         if not table.is_file():
             raise ValueError(f"no generated section is called {name}, and {table} does not exist")
@@ -68,11 +69,12 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
-def figures_section(captions: str) -> str:
+def figures_section(captions: str, there: Container[str]) -> str:
     """Show every figure with its caption and the table it is drawn from.
 
     Args:
         captions: The caption file of the report.
+        there: Names of the figures that were drawn; others are left out.
     """
     from misa.figures import FIGURES
 
@@ -81,6 +83,7 @@ def figures_section(captions: str) -> str:
         f"### {name.replace('_', ' ').capitalize()}\n\n![{name.replace('_', ' ')}](figures/{name}.png){{ width=480 }}"
         f"\n\n{said[name]} Table: `{table}`."
         for name, table in FIGURES.items()
+        if name in there
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from misa.files import write_text
-from misa.results.tables import Cell, to_latex, to_markdown
+from misa.results.pages import write_table
+from misa.results.tables import Cell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,12 +72,13 @@ def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
     return head, rows
 
 
-def write_tuning_table(table: str | Path, output_dir: str | Path) -> list[Path]:
-    """Write `learning_rates.md` and `learning_rates.tex`.
+def write_tuning_table(table: str | Path, output_dir: str | Path, page_dir: str | Path | None = None) -> list[Path]:
+    """Write `learning_rates.md`, `learning_rates.tex` and, for the report, `learning_rates.html`.
 
     Args:
         table: The file `settings.csv`.
         output_dir: Folder to write, made if needed.
+        page_dir: Folder of the page; None writes none.
 
     Raises:
         ValueError: If the table is missing or unusable.
@@ -84,8 +86,7 @@ def write_tuning_table(table: str | Path, output_dir: str | Path) -> list[Path]:
     from misa.figures import read_table
 
     head, rows = tuning_table(read_table(table))
-    texts = {".md": to_markdown(head, rows), ".tex": to_latex(head, rows)}
-    return [write_text(Path(output_dir) / f"learning_rates{suffix}", text) for suffix, text in texts.items()]
+    return write_table("learning_rates", head, rows, output_dir, page_dir)
 
 
 def apply_rates(sheet: str | Path, table: str | Path) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from misa.figures import FIGURES
 from misa.methods import METHODS
 from misa.results.reference import fill_page, schema_table
 
@@ -37,11 +36,13 @@ def site(repository: Path, tmp_path_factory) -> Path:
     return folder
 
 
-def test_site_holds_api_figures_methods_and_configuration(site: Path) -> None:
+def test_site_holds_api_figures_methods_and_configuration(site: Path, repository: Path) -> None:
     pages = {page.parent.name: page.read_text(encoding="utf-8") for page in site.rglob("*/index.html")}
     for name in ("MISA", "BAdam", "LISA", "BlockCoordinateOptimizer", "Settings"):
         assert f">{name}</" in pages["optimizer"].replace("</span>", "</")
-    assert all((site / "figures" / f"{name}.png").is_file() for name in FIGURES)
+    drawn = {path.name for path in (repository / "paper_figures").glob("*.png")}
+    assert {path.name for path in (site / "figures").iterdir()} == drawn
+    assert all(f"figures/{name}" in pages["evidence"] for name in drawn)
     assert all(f"<code>{name}</code>" in pages["finetune"] for name in METHODS)
     assert "<code>memory_grid.in_all</code>" in pages["workflow"]
     assert "<math" in pages["method"]

@@ -182,6 +182,8 @@ WRITTEN = [
     for name, study in STUDY_TABLES.items()
     if (Path(study_table_of(name)).is_file() if CACHED else study == STUDY)
 ]
+
+
 def claim_of(figure):
     """Category of a figure in the report."""
     if figure.startswith("memory"):

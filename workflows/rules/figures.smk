@@ -53,13 +53,14 @@ rule study_table:
     input:
         table=lambda wildcards: study_table_of(wildcards.table),
     output:
-        markdown=report(
-            f"{SCORES}/{{table}}.md",
+        markdown=f"{SCORES}/{{table}}.md",
+        latex=f"{SCORES}/{{table}}.tex",
+        page=report(
+            f"{PAGES}/{{table}}.html",
             caption="../report/study_table.rst",
             category="Tables",
             labels={"table": "{table}", "scale": SCALE},
         ),
-        latex=f"{SCORES}/{{table}}.tex",
     log:
         f"{LOGS}/{{table}}.log",
     wildcard_constraints:
@@ -68,10 +69,14 @@ rule study_table:
         "../envs/misa.yaml"
     params:
         folder=subpath(output.markdown, parent=True),
+        pages=subpath(output.page, parent=True),
     message:
         "table {wildcards.table} from {input.table}"
     shell:
-        "python -m misa.results {wildcards.table} --table {input.table} --output_dir {params.folder} > {log} 2>&1"
+        "python -m misa.results {wildcards.table} --table {input.table} --output_dir {params.folder}"
+        " --page_dir {params.pages} > {log} 2>&1"
+
+
 rule report_pages:
     input:
         scores=f"{TABLES}/scores.csv",
