@@ -53,5 +53,5 @@ def plot(table: pd.DataFrame) -> Figure:
         ax.grid(axis="y", visible=False)
         ax.set_xlabel("eval loss minus the common setting's\n(nats/token; right is worse)")
         loss, seeds = common["loss"].iloc[0], common["num_seeds"].iloc[0]
-        ax.set_title(f"Common setting: {loss:.3f} nats/token, {seeds} seed{'s' if seeds > 1 else ''}", loc="left")
+        ax.set_title(f"Common setting: {loss:.3f} nats/token,\n{seeds} seed{'s' if seeds > 1 else ''}", loc="left")
     return figure

@@ -38,8 +38,9 @@ def site(repository: Path, tmp_path_factory) -> Path:
 
 def test_site_holds_api_figures_methods_and_configuration(site: Path, repository: Path) -> None:
     pages = {page.parent.name: page.read_text(encoding="utf-8") for page in site.rglob("*/index.html")}
-    for name in ("MISA", "BAdam", "LISA", "BlockCoordinateOptimizer", "Settings"):
-        assert f">{name}</" in pages["optimizer"].replace("</span>", "</")
+    of_engine = ("engine.BlockCoordinateOptimizer", "settings.Settings")
+    for name in ("presets.MISA", "presets.BAdam", "presets.LISA", *of_engine):
+        assert f'id="misa.optimizer.{name}"' in pages["optimizer"]
     drawn = {path.name for path in (repository / "paper_figures").glob("*.png")}
     assert {path.name for path in (site / "figures").iterdir()} == drawn
     assert all(f"figures/{name}" in pages["evidence"] for name in drawn)
