@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LIMIT = 1.1  # times the budget's share of the full gradients
-SHARDED_OPERATIONS = ("allgather", "reduce_scatter")
 
 
 class Traffic(TorchDispatchMode):
@@ -138,12 +137,12 @@ def count(name: str, budget: float, options: dict[str, Any]) -> dict[str, Any]:
         with Traffic() as update:
             optimizer.step()
         optimizer.zero_grad()
-        in_step = {kind: size for kind, size in backward.sent_bytes.items() if not kind.startswith(SHARDED_OPERATIONS)}
-        scattered = sum(s for kind, s in backward.sent_bytes.items() if "reduce_scatter" in kind)
-        weights += sum(s for kind, s in backward.sent_bytes.items() if "allgather" in kind)
-        gradients += sum(in_step.values()) + scattered
+        gathered = sum(size for kind, size in backward.sent_bytes.items() if "allgather" in kind)
+        reduced = sum(backward.sent_bytes.values()) - gathered
+        weights += gathered
+        gradients += reduced
         rounds += sum(update.sent_bytes.values())
-        largest = max(largest, sum(in_step.values()))
+        largest = max(largest, reduced)
     return {
         "contestant": name,
         "budget": budget,
