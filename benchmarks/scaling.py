@@ -23,9 +23,10 @@ STATE_BYTES = 12  # fp32 master and two moments
 
 @dataclass(frozen=True)
 class Size:
-    """Elements of a model: all, and those of the largest group that FSDP2 gathers at once."""
+    """Elements of a model: all, those of its layers, and those of the largest group that FSDP2 gathers at once."""
 
     total: int
+    layers: int
     largest: int
 
 
@@ -72,22 +73,27 @@ def size_of(name: str) -> Size:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(configuration(name))
-    layers = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
-    rest = sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n)
-    return Size(sum(p.numel() for p in model.parameters()), max(layers, rest))
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    total = sum(p.numel() for p in model.parameters())
+    return Size(total, sum(layers), max(*layers, total - sum(layers)))
 
 
 def measured_shares(report: dict[str, Any], budget: float) -> dict[str, tuple[float, float]]:
-    """Of each contestant, the bytes of gradients and of weights in a step, as shares of all gradients.
+    """Of each contestant, what it sends in a step.
+
+    Returns:
+        Gradients as a share of all, and how often weights of layers are gathered beyond the once that all are.
 
     Raises:
         ValueError: If the budget was not measured.
     """
     found = {}
+    size = size_of(report["settings"]["model"])
     for row in report["rows"]:
         if row["contestant"].startswith("AdamW") or row["budget"] == budget:
             full = row["full_gradient_bytes"]
-            found[row["contestant"]] = (row["gradient_bytes_per_step"] / full, row["weight_bytes_per_step"] / full)
+            again = (row["weight_bytes_per_step"] / full - 1) * size.total / size.layers
+            found[row["contestant"]] = (row["gradient_bytes_per_step"] / full, again)
     if "MISA" not in found:
         raise ValueError(f"budget is {budget}, measured are {sorted({row['budget'] for row in report['rows']})}")
     return found
@@ -114,7 +120,8 @@ def plan(
     memory = (weights + active * (buffers + STATE_BYTES) * size.total) / parts
     if sharded:  # gathered weights of the group at hand and of the next one, and gradients of the group
         memory += (2 + (shares[0] if active < 1 else 1)) * BF16_BYTES * size.largest
-    gradients, gathered = (share * weights for share in shares)
+    gradients = shares[0] * weights
+    gathered = weights + shares[1] * BF16_BYTES * size.layers
     around = (gpus - 1) / gpus
     traffic = around * (gradients + gathered if sharded else 2 * gradients)
     speed = options.node_gb_s if gpus <= options.node_gpus else options.network_gb_s
