@@ -71,7 +71,9 @@ def plot(table: pd.DataFrame) -> Figure:
                 ax.locator_params(axis="x", nbins=3)
         keys = sorted(handles)
         lines, labels = [handles[key] for key in keys], [label for _, label in keys]
-        figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 4))
+        # Four short names fit beside each other, or three of any length.
+        widest = 4 if max(map(len, labels)) <= 12 else 3
+        figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), widest))
     return figure
 
 

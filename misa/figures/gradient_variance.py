@@ -80,5 +80,5 @@ def plot(table: pd.DataFrame) -> Figure:
             if ax.get_xscale() == "linear":
                 ax.locator_params(axis="x", nbins=4)
             ax.grid(axis="y", visible=False)
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(3, len(handles)))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(2, len(handles)))
     return figure

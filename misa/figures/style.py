@@ -201,9 +201,9 @@ def mark_card(line: Callable[..., Any], gib: float) -> Any:
 
 
 def snapshot_label(name: object, step: float) -> str:
-    """Name of a snapshot with its step, unless the name says it (`checkpoint-50`) or nobody knows it (negative)."""
-    text = str(name)
-    return text if step < 0 or text.endswith(f"{step:.0f}") else f"{text} (step {step:.0f})"
+    """Name of a snapshot and its step; the name alone where nobody knows the step (negative)."""
+    text = str(name).removeprefix("pretrain-")
+    return text if step < 0 else f"{text.removesuffix(f'-{step:.0f}')}, step {step:.0f}"
 
 
 def require(table: Any, columns: Iterable[str]) -> None:
