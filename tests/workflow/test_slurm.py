@@ -47,8 +47,10 @@ def test_submitted_job_asks_the_cluster_for_gpus_memory_and_time(
 ) -> None:
     notes, commands = tmp_path / "submitted.txt", tmp_path / "commands"
     commands.mkdir()
-    (commands / "sbatch").write_text(SBATCH.format(notes=notes))
-    (commands / "sbatch").chmod(0o755)
+    scripts = {"sbatch": SBATCH.format(notes=notes), "sacctmgr": "#!/bin/sh\necho us\n", "sacct": "#!/bin/sh\n"}
+    for name, script in scripts.items():
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     corpus = tmp_path / "results" / "tiny" / "data" / "corpus"
     corpus.mkdir(parents=True)
@@ -63,4 +65,4 @@ def test_submitted_job_asks_the_cluster_for_gpus_memory_and_time(
     for option in ("-A us", "-p fast", "--mem 64000", "-t 2880", "--gpus=2"):
         assert option in asked, asked
     assert re.search(r"--cpus-per-(task|gpu)=", asked), asked
-    assert "results/tiny/runs/pretrain-misa/" in asked
+    assert "--executor slurm-jobstep" in asked, asked
