@@ -103,7 +103,7 @@ def train(
                 loss = sum(float(model(**each).loss) for each in held_out) / len(held_out)
             rows.append((step, step * batch["input_ids"].numel(), seconds, "eval_loss", loss))
     table = pd.DataFrame(rows, columns=["step", "tokens", "time_s", "metric", "value"])
-    return table.assign(kind="pretrain", run=f"tour-{method}", method=method, seed=0)
+    return table.assign(kind="pretrain", data="documentation", run=f"tour-{method}", method=method, seed=0)
 
 
 def block_table(optimizer: Any) -> pd.DataFrame:
@@ -155,4 +155,4 @@ def state_table(optimizers: Mapping[str, torch.optim.Optimizer]) -> pd.DataFrame
 def largest_difference(model: Any, other: Any) -> float:
     """Return the largest difference between the weights of two models of one shape."""
     pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return max(float((first - second).abs().max()) for first, second in pairs)
+    return max(float((first - second).detach().abs().max()) for first, second in pairs)

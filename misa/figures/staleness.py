@@ -72,7 +72,7 @@ def plot(table: pd.DataFrame) -> Figure:
         handles, labels = top.get_legend_handles_labels()
         known = sorted(zip(labels, handles, strict=True), key=lambda item: item[0] not in _AGES.values())
         figure.legend(
-            [handle for _, handle in known], [label for label, _ in known], loc="outside upper center", ncols=3
+            [handle for _, handle in known], [label for label, _ in known], loc="outside upper center", ncols=2
         )
         for y, source in enumerate(sources):
             values: Any = 100 * captured.loc[captured["source"] == source, "value"]

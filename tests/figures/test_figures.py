@@ -228,6 +228,7 @@ def test_figure_has_column_width_labels_and_readable_text_inside_its_edges(name)
 
 def test_files_are_the_same_bytes_in_another_process_at_another_time(tmp_path):
     for name, table in FIGURES.items():
+        (tmp_path / table).parent.mkdir(exist_ok=True)
         TABLES[name]().to_csv(tmp_path / table, index=False)
     words = ["all", "--data_dir", str(tmp_path), "--output_dir"]
     assert main([*words, str(tmp_path / "one")]) == 0
