@@ -45,7 +45,9 @@ class ActiveSet:
         for e in self.entries:
             e.find_local()
         measures = settings.order == "importance" or settings.step_in_backward
-        then = {e.param: self._hook(k, e) for k, e in enumerate(self.entries)} if measures else {}
+        then: dict[Tensor, Callable[[Tensor], None]] = {}
+        if measures:
+            then = {e.param: self._hook(k, e) for k, e in enumerate(self.entries)}
         self._handles = workers.watch([e.param for e in self.entries], then)
 
     def detach(self) -> None:
