@@ -24,6 +24,7 @@ rule pretrain:
     resources:
         gpu=config["gpus"],
     params:
+        launch=LAUNCH,
         args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
         shared=lookup(query="run == '{run}'", within=RUNS, cols="shared"),
         data=subpath(input.corpus, parent=True),
@@ -38,7 +39,7 @@ rule pretrain:
     message:
         "pre-training {wildcards.run} (progress: {log})"
     shell:
-        "{LAUNCH} misa.pretrain --dataset_path {params.data} {params.shared} {params.args} --run {wildcards.run}"
+        "{params.launch} misa.pretrain --dataset_path {params.data} {params.shared} {params.args} --run {wildcards.run}"
         " --snapshot_steps {params.snapshots}"
         " --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir > {log} 2>&1"
 
@@ -64,6 +65,7 @@ rule finetune:
     resources:
         gpu=config["gpus"],
     params:
+        launch=LAUNCH,
         args=lookup(query="run == '{run}'", within=RUNS, cols="args"),
         shared=lookup(query="run == '{run}'", within=RUNS, cols="shared"),
         data=subpath(input.digest, parent=True),
@@ -72,6 +74,6 @@ rule finetune:
     message:
         "fine-tuning {wildcards.run} (progress: {log})"
     shell:
-        "{LAUNCH} misa.train --model_name_or_path {input.model} --dataset_path {params.data} {params.shared}"
+        "{params.launch} misa.train --model_name_or_path {input.model} --dataset_path {params.data} {params.shared}"
         " {params.args} --run {wildcards.run} --output_dir {params.folder} --checkpoint_dir {params.scratch} --overwrite_output_dir"
         " > {log} 2>&1"
