@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def count(name: str, budget: float, options: dict[str, Any]) -> dict[str, Any]:
     tokens = torch.randint(0, 100, (1, 8), generator=torch.Generator().manual_seed(dist.get_rank()))
     full_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     for _ in range(num_steps):
-        numels.append(getattr(optimizer, "active_numel", 0) or sum(p.numel() for p in model.parameters()))
+        numels.append(getattr(optimizer, "active_numel", 0) or numels_of(model))
         with Traffic() as backward:
             model(input_ids=tokens, labels=tokens).loss.backward()
         with Traffic() as update:
@@ -180,7 +180,7 @@ def make(name: str, budget: float, options: dict[str, Any]) -> tuple[nn.Module, 
         held_bytes = sum(int(size) for size in str(sizes).split(", "))
     if name.startswith("AdamW"):
         return wrapped, torch.optim.AdamW(model.parameters(), lr=1e-4), held_bytes
-    with reducer_goes_on() if "find_unused" in name else _nothing():
+    with reducer_goes_on() if "find_unused" in name else nullcontext():
         optimizer = MISA(wrapped, lr=1e-4, budget=budget, interval=options["interval"])
         # The wrapper is looked at again in the first forward pass.
         if "find_unused" in name:
@@ -200,11 +200,6 @@ def reducer_goes_on() -> Iterator[None]:
         yield
     finally:
         wrapped._REDUCER = kept
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

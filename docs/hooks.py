@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 sys.path.insert(0, str(ROOT))  # the checkout's own package, installed or not
 
-from misa.results.reference import fill_page  # noqa: E402
+from misa.results.sections import fill_page  # noqa: E402
 
 
 def on_files(files, config):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, found out without importing what DTensors need."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
+    """Whether a tensor is a DTensor: at once for an ordinary one, and without importing what DTensors need."""
+    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
 
 
 def local_part(tensor: Tensor) -> Tensor:

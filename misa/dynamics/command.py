@@ -133,6 +133,7 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
     from misa.dynamics.comparison import compare
     from misa.dynamics.staleness import COLUMNS as STALENESS_COLUMNS
     from misa.dynamics.staleness import between, mean_staleness
+    from misa.files import write_csv
     from misa.results import Result, provenance, write_result
 
     start = time.perf_counter()
@@ -175,13 +176,13 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
         for row in between(sorted(own, key=lambda item: item[1]), settings.budget, settings.effective_share)
     ]
     if settings.follow_rounds:
-        stale += follow_last(snapshots[-1], settings)
+        stale += follow_last(snapshots[-1], of_run[snapshots[-1].run][-1][2], settings)
     metrics |= mean_staleness(stale)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(stale, STALENESS_COLUMNS, folder / "staleness.csv")
-    write_csv(norms, NORM_COLUMNS, folder / "gradient_norms.csv")
-    write_csv(variances, VARIANCE_COLUMNS, folder / "variance.csv")
+    write_csv(folder / "staleness.csv", STALENESS_COLUMNS, stale)
+    write_csv(folder / "gradient_norms.csv", NORM_COLUMNS, norms)
+    write_csv(folder / "variance.csv", VARIANCE_COLUMNS, variances)
     result = Result(
         run=settings.run,
         kind="variance",
@@ -239,8 +240,8 @@ def population(snapshot: Snapshot, settings: VarianceArguments, seed: int, num_b
     return load_batches(settings.dataset_path, tokenizer, *sizes, seed=seed, split=settings.split)
 
 
-def follow_last(snapshot: Snapshot, settings: VarianceArguments) -> list[dict[str, Any]]:
-    """Train some rounds from a snapshot under each policy; see `misa.dynamics.staleness.follow`."""
+def follow_last(snapshot: Snapshot, gradients: Any, settings: VarianceArguments) -> list[dict[str, Any]]:
+    """Train some rounds from a snapshot with these gradients; see `misa.dynamics.staleness.follow`."""
     from misa.dynamics.staleness import FollowSettings, follow
     from misa.models import load_model
 
@@ -256,7 +257,7 @@ def follow_last(snapshot: Snapshot, settings: VarianceArguments) -> list[dict[st
     measured = population(snapshot, settings, settings.seed, settings.num_batches)
     trained = population(snapshot, settings, settings.seed + 1, settings.interval)
     model = load_model(snapshot.folder, "float32")
-    return list(follow(model, measured, trained, rounds, snapshot.name, snapshot.step))
+    return list(follow(model, gradients, measured, trained, rounds, snapshot.name, snapshot.step))
 
 
 def find_snapshots(models: list[str]) -> list[Snapshot]:
@@ -316,17 +317,3 @@ def data_digest(dataset_path: str, split: str) -> str:
     from misa.data.records import require_split
 
     return hashlib.sha256(require_split(dataset_path, split).read_bytes()).hexdigest()
-
-
-def write_csv(rows: list[dict[str, Any]], columns: tuple[str, ...], path: Path) -> None:
-    """Write a tidy table in one move; numbers keep every digit."""
-    import csv
-    import io
-
-    from misa.files import write_text
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())

@@ -8,11 +8,14 @@ rate.csv and result.json.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from misa.dynamics.problems import Problem
 
@@ -78,20 +81,16 @@ def measure_rate(settings: RateArguments, command: list[str]) -> Path:
     Raises:
         ValueError: If the data is missing or unusable.
     """
-    from misa.dynamics.command import data_digest, write_csv
+    from misa.dynamics.command import data_digest
     from misa.dynamics.rate import mean_sq_norm
+    from misa.files import write_csv
     from misa.results import Result, provenance, write_result
 
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
     make = problem_makers(settings)
-    for problem, seed, interval, momentum_step in (
-        (problem, seed, interval, momentum_step)
-        for problem in PROBLEMS
-        for interval in settings.numbers("intervals")
-        for momentum_step in (True, False)
-        for seed in range(settings.num_seeds)
-    ):
+    runs = itertools.product(PROBLEMS, settings.numbers("intervals"), (True, False), range(settings.num_seeds))
+    for problem, interval, momentum_step, seed in tqdm(list(runs), desc="rate", unit="run"):
         for num_updates in settings.numbers(f"{problem}_updates"):
             lr = getattr(settings, f"{problem}_lr") / num_updates**0.5
             mean = mean_sq_norm(*(make[problem](seed), num_updates, interval, lr, settings.budget, momentum_step, seed))
@@ -102,7 +101,7 @@ def measure_rate(settings: RateArguments, command: list[str]) -> Path:
         print(f"{name}: {value:.3f}")
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, COLUMNS, folder / "rate.csv")
+    write_csv(folder / "rate.csv", COLUMNS, rows)
     result = Result(
         run=settings.run,
         kind="rate",

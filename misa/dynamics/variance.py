@@ -26,9 +26,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-#: Upper bound on eta times score in the authors' code.
-OFFICIAL_CLIP = 5.0
-
 #: Every scheme that is compared, in the order in which tables and figures show them.
 SCHEMES = (
     "layer_cyclic",
@@ -185,7 +182,9 @@ def draw_of(scheme: str, gradients: BlockGradients, budget: float, effective_sha
         weights = np.sqrt(gradients.scores)
         weights = weights / weights.sum()
     elif scheme == "matrix_importance_official":
-        weights = importance_weights(gradients.official_scores, 1.0, clip=OFFICIAL_CLIP)
+        from misa.optimizer.importance import OFFICIAL_RULE
+
+        weights = importance_weights(gradients.official_scores, 1.0, clip=OFFICIAL_RULE.clip)
     elif scheme.startswith("matrix_importance"):
         weights = importance_weights(gradients.scores, 1.0 if scheme.endswith("eta1") else "auto", effective_share)
     probability = inclusion_probabilities(weights, numel, budget * gradients.num_parameters)

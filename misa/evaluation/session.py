@@ -209,11 +209,10 @@ def _write(
     command: Sequence[str],
 ) -> Path:
     """Write the harness's answer, then the result file, and print the scores."""
-    import resource
-
     from misa.evaluation.scoring import averages, merge_harness
     from misa.files import write_text
     from misa.results import RESULT_FILE, Result, provenance, read_result, write_result
+    from misa.results.provenance import peak_rss_bytes
 
     output = Path(arguments.output_dir)
     trained = read_result(folder.folder.parent) if (folder.folder.parent / RESULT_FILE).is_file() else None
@@ -234,8 +233,7 @@ def _write(
         provenance=provenance(command, data_digest),
         metrics={f"{score.task}/{name}": value for score in scores for name, value in score.metrics.items()}
         | averages(scores),
-        # Linux counts in KiB.
-        peaks={"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0},
+        peaks={"rss_bytes": float(peak_rss_bytes())},
         timings={f"{score.task}/evaluate_s": score.evaluate_s for score in scores}
         | {"evaluate_s": sum(score.evaluate_s for score in scores)},
     )

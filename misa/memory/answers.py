@@ -169,7 +169,8 @@ def _draw(found: Iterable[dict[str, Any]], base: Scenario, folder: Path) -> None
 
     from misa.figures import plot
     from misa.figures.style import save
-    from misa.memory.command import COLUMNS, write_table
+    from misa.files import write_csv
+    from misa.memory.command import COLUMNS
 
     rows = [
         {
@@ -186,7 +187,7 @@ def _draw(found: Iterable[dict[str, Any]], base: Scenario, folder: Path) -> None
         for category, num in row["by_category"].items()
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(rows, folder / "memory_compare.csv")
+    write_csv(folder / "memory_compare.csv", COLUMNS, rows)
     paths = save(plot("memory", pd.DataFrame(rows, columns=list(COLUMNS))), folder / "memory_compare")
     print(f"drawn: {', '.join(map(str, paths))}")
 

@@ -247,6 +247,7 @@ def measure_all(settings: MemoryArguments, command: list[str]) -> Path:
     Raises:
         ValueError: For an unknown model, method or option.
     """
+    from misa.files import write_csv
     from misa.memory.step import rows
     from misa.results import Result, provenance, write_result
 
@@ -272,7 +273,7 @@ def measure_all(settings: MemoryArguments, command: list[str]) -> Path:
         print(_line(name, memory), flush=True)
     folder = Path(settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_table(table, folder / "memory.csv")
+    write_csv(folder / "memory.csv", COLUMNS, table)
     write_result(
         Result(
             run=settings.run,
@@ -379,20 +380,6 @@ def make_optimizer(built: Built) -> Any:
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
         return kind([p for p in built.model.parameters() if p.requires_grad], **options)
     return kind()(built.model, **options)
-
-
-def write_table(table: list[dict[str, Any]], path: Path) -> None:
-    """Write the tidy table with the columns `COLUMNS`, in one move."""
-    import csv
-    import io
-
-    from misa.files import write_text
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    write_text(path, text.getvalue())
 
 
 def _line(name: str, memory: StepMemory) -> str:

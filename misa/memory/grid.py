@@ -6,8 +6,6 @@ Every number comes from a training step on fake tensors; block methods are measu
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
 import time
@@ -15,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from misa.files import write_text
+from misa.files import write_csv, write_text
 
 SEQ_LENS = (512, 1024, 2048, 4096, 8192)
 BATCH_SIZES = (1, 2)
@@ -42,6 +40,8 @@ TABLES = {
 }
 #: Parts that are no variant of a method.
 EXTRA_PARTS = ("sweep", "levers")
+# Parts may be made at different times, so each says by which code.
+_ORIGIN = ("created", "commit", "dirty", "package_digest")
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -223,15 +223,11 @@ def join(parts: Iterable[str | Path], folder: str | Path) -> list[Path]:
     folder = Path(folder)
     paths = []
     for table, columns in TABLES.items():
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        for part in found:
-            writer.writerows(part["rows"][table])
-        paths.append(write_text(folder / f"{table}.csv", text.getvalue()))
+        rows = [row for part in found for row in part["rows"][table]]
+        paths.append(write_csv(folder / f"{table}.csv", columns, rows))
     origin = {
         "tables": {path.name: {"sha256": sha256_file(path)} for path in paths},
-        "parts": {part["part"]: {"measure_s": part["measure_s"], "cpu_s": part["cpu_s"]} for part in found},
+        "parts": {part["part"]: {name: part[name] for name in ("measure_s", "cpu_s", *_ORIGIN)} for part in found},
         "provenance": json.loads(provenance(["python", "-m", "misa.memory.grid", "join"]).model_dump_json()),
     }
     return [*paths, write_text(folder / "memory_grid.json", json.dumps(origin, indent=2) + "\n")]
@@ -260,10 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.verb == "join":
             join(options.parts, options.output_dir)
             return 0
+        from misa.results import provenance
+
         start = time.perf_counter()
         rows = measure_part(options.part, options.model)
         times = {"measure_s": round(time.perf_counter() - start, 1), "cpu_s": round(time.process_time(), 1)}
-        held = {"part": options.part, **times, "rows": rows}
+        made = provenance(["python", "-m", "misa.memory.grid", *(sys.argv[1:] if argv is None else argv)])
+        held = {"part": options.part, **times, **{name: getattr(made, name) for name in _ORIGIN}, "rows": rows}
         write_text(Path(options.output), json.dumps(held) + "\n")
     except ValueError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

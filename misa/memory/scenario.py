@@ -6,7 +6,7 @@ import copy
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -140,7 +140,7 @@ class Laboratory:
         self.scenario = scenario
         self.config = configuration(scenario.model) if config is None else copy.deepcopy(config)
         self.config.use_cache = False
-        self._pieces = as_on_accelerator if on_accelerator else _nothing
+        self._pieces = as_on_accelerator if on_accelerator else nullcontext
         if scenario.num_layers is not None:
             self.config.num_hidden_layers = scenario.num_layers
         scenario.check_length(self.config)
@@ -188,7 +188,7 @@ class Laboratory:
         self._is_primed = False
 
     def _wrapping(self) -> Any:
-        return _nothing() if self._mode is None else wrapping(self._mode)
+        return nullcontext() if self._mode is None else wrapping(self._mode)
 
     def _engine_settings(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -275,7 +275,7 @@ class Laboratory:
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        with self._pieces(), self._mode or _nothing():
+        with self._pieces(), self._mode or nullcontext():
             yield
 
     def _prime(self) -> None:
@@ -309,11 +309,6 @@ class Laboratory:
         elif not lean and self._lean is not None:
             self._lean.remove()
             self._lean = None
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _narrow_adapters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -43,15 +43,12 @@ def _run(options: argparse.Namespace) -> int:
         from misa.results.pages import write_pages
 
         _print(write_pages(options.tables, options.output_dir))
-    elif options.verb == "ablation":
-        from misa.results.ablation import write_ablation_table
+    elif options.verb in ("ablation", "learning_rates"):
+        from misa.results.pages import write_study_table
+        from misa.results.tuning import apply_rates
 
-        _print(write_ablation_table(options.table, options.output_dir, options.page_dir))
-    elif options.verb == "learning_rates":
-        from misa.results.tuning import apply_rates, write_tuning_table
-
-        _print(write_tuning_table(options.table, options.output_dir, options.page_dir))
-        for sheet in options.sheets:
+        _print(write_study_table(options.verb, options.table, options.output_dir, options.page_dir))
+        for sheet in options.sheets if options.verb == "learning_rates" else ():
             print(f"{sheet}: {', '.join(apply_rates(sheet, options.table)) or 'no row changed'}")
     elif options.verb == "benchmarks":
         from misa.results.benchmarks import write_benchmark_table

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misa.results.pages import write_table
-from misa.results.tables import Cell
+from misa.results.tables import Cell, require_one_kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,9 +42,7 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    if settings.empty or settings["kind"].nunique() > 1:
-        kinds = ", ".join(settings["kind"].unique()) or "none"
-        raise ValueError(f"the table must have runs of one kind, found {kinds}")
+    require_one_kind(settings)
     factors = [name for name in FACTORS if name in settings.columns]
     plain = settings.assign(**{name: settings[name].map(_plain) for name in factors})
     groups = {tuple(key): own for key, own in plain.groupby(factors, sort=False)}
@@ -87,23 +83,6 @@ def ablation_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | C
         rows.append([row["label"], str(row["num_seeds"]), Cell(row["loss"]), difference, p, Cell(row["train_s"])])
     head = ["setting", "runs", "eval loss (nats/token)", "difference, paired by seed", "p", "training (s)"]
     return head, rows
-
-
-def write_ablation_table(table: str | Path, output_dir: str | Path, page_dir: str | Path | None = None) -> list[Path]:
-    """Write `ablation.md`, `ablation.tex` and, for the report, `ablation.html`.
-
-    Args:
-        table: The file `settings.csv`.
-        output_dir: Folder to write, made if needed.
-        page_dir: Folder of the page; None writes none.
-
-    Raises:
-        ValueError: If the table is missing or unusable.
-    """
-    from misa.figures import read_table
-
-    head, rows = ablation_table(read_table(table))
-    return write_table("ablation", head, rows, output_dir, page_dir)
 
 
 def _plain(value: object) -> str:

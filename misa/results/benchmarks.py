@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misa.files import write_text
 from misa.results.published import PREFIX, published_cell
-from misa.results.tables import Cell, to_latex, to_markdown
+from misa.results.tables import Cell, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,8 +86,7 @@ def write_benchmark_table(tables_dir: str | Path, output_dir: str | Path) -> lis
     head, rows = benchmark_table(read_table(path), models)
     if not rows:
         raise ValueError(f"{path} has no score of a benchmark ({', '.join(SETS)})")
-    texts = {".md": to_markdown(head, rows), ".tex": to_latex(head, rows)}
-    return [write_text(Path(output_dir) / f"benchmarks{suffix}", text) for suffix, text in texts.items()]
+    return write_table("benchmarks", head, rows, output_dir)
 
 
 def _cell(found: pd.DataFrame, metric: str) -> Cell:

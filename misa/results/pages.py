@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from misa.files import write_text
+from misa.results.ablation import ablation_table
 from misa.results.collect import MANIFEST_FILE
 from misa.results.published import published_table
-from misa.results.tables import SCORE_TABLES, Cell, cell_text, score_table, to_latex, to_markdown
+from misa.results.tables import SCORE_TABLES, Cell, cell_text, score_table, write_table
+from misa.results.tuning import tuning_table
 
 #: The pages, each `NAME.html`.
 PAGES = (*SCORE_TABLES, "published", "runs")
+#: Study of one question -> what makes its table of `settings.csv`.
+STUDIES = {"ablation": ablation_table, "learning_rates": tuning_table}
 RUNS_HEAD = ("run", "kind", "made", "commit", "package", "data", "torch", "machine")
 # Origin of the tables of the full-size model, which come from no run of a sheet.
 _GRID_FILE = "memory_grid.json"
@@ -33,32 +37,30 @@ def to_html(title: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]
     return f"<!doctype html>\n<html><head>{head_tags}</head><body>\n<table>\n{body}\n</table>\n</body></html>\n"
 
 
-def write_table(
-    name: str,
-    head: Sequence[str],
-    rows: Sequence[Sequence[str | Cell]],
-    output_dir: str | Path,
-    page_dir: str | Path | None = None,
+def write_study_table(
+    name: str, table: str | Path, output_dir: str | Path, page_dir: str | Path | None = None
 ) -> list[Path]:
-    """Write a table in all of its forms.
+    """Write the table of a study of one question, for the report as a page, too.
 
     Args:
-        name: Its name.
-        head: Column headings.
-        rows: The rows.
+        name: A key of `STUDIES`.
+        table: The file `settings.csv`.
         output_dir: Folder of `NAME.md` and `NAME.tex`.
-        page_dir: Folder of `NAME.html`, the report's page; None writes none.
+        page_dir: Folder of `NAME.html`; None writes none.
 
     Returns:
         The paths written.
+
+    Raises:
+        ValueError: If the table is missing or unusable.
     """
-    paths = [
-        write_text(Path(output_dir) / f"{name}.md", to_markdown(head, rows)),
-        write_text(Path(output_dir) / f"{name}.tex", to_latex(head, rows)),
-    ]
-    return (
-        paths if page_dir is None else [*paths, write_text(Path(page_dir) / f"{name}.html", to_html(name, head, rows))]
-    )
+    from misa.figures import read_table
+
+    head, rows = STUDIES[name](read_table(table))
+    paths = write_table(name, head, rows, output_dir)
+    if page_dir is not None:
+        paths.append(write_text(Path(page_dir) / f"{name}.html", to_html(name, head, rows)))
+    return paths
 
 
 def runs_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]:

@@ -6,7 +6,9 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,6 +98,13 @@ def describe_machine() -> Machine:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         num_threads=torch.get_num_threads(),
     )
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident set this process has had, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _processor() -> str:

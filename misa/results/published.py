@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misa.files import write_text
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -104,11 +102,9 @@ def write_published_table(tables_dir: str | Path, output_dir: str | Path) -> lis
     Returns:
         The paths written.
     """
-    from misa.results.tables import to_latex, to_markdown
+    from misa.results.tables import write_table
 
-    head, rows = published_table(tables_dir)
-    texts = {".md": to_markdown(head, rows), ".tex": to_latex(head, rows)}
-    return [write_text(Path(output_dir) / f"published{suffix}", text) for suffix, text in texts.items()]
+    return write_table("published", *published_table(tables_dir), output_dir)
 
 
 def _base(method: str) -> str:

@@ -216,6 +216,17 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
     return head, [list(row) for row in zip(*columns, strict=True)]
 
 
+def require_one_kind(settings: pd.DataFrame) -> None:
+    """Check that a table `settings.csv` can be compared row by row.
+
+    Raises:
+        ValueError: If there are no rows, or runs of several kinds.
+    """
+    if settings.empty or settings["kind"].nunique() > 1:
+        kinds = ", ".join(settings["kind"].unique()) or "none"
+        raise ValueError(f"the table must have runs of one kind, found {kinds}")
+
+
 def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
     """Write a table as Markdown: mean ± standard error, the best in bold if it is told apart."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *([_markdown(cell) for cell in row] for row in rows)]
@@ -230,6 +241,28 @@ def to_latex(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
         f"\\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}\n\\toprule\n{heading} \\\\\n\\midrule\n{body}"
         "\\bottomrule\n\\end{tabular}\n"
     )
+
+
+def write_table(
+    name: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]], output_dir: str | Path, empty: str = ""
+) -> list[Path]:
+    """Write a table as `NAME.md` and `NAME.tex`.
+
+    Args:
+        name: Its name.
+        head: Column headings.
+        rows: The rows.
+        output_dir: Folder to write, made if needed.
+        empty: What the files say in place of a table without rows.
+
+    Returns:
+        The paths written.
+    """
+    texts = {".md": to_markdown(head, rows), ".tex": to_latex(head, rows)}
+    return [
+        write_text(Path(output_dir) / f"{name}{suffix}", text if rows or not empty else empty)
+        for suffix, text in texts.items()
+    ]
 
 
 def write_score_tables(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
@@ -250,10 +283,8 @@ def write_score_tables(tables_dir: str | Path, output_dir: str | Path) -> list[P
     scores, runs = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs"))
     paths = []
     for name, kind in SCORE_TABLES.items():
-        head, rows = score_table(scores, runs, kind)
         empty = f"No scores of kind {kind} yet.\n"
-        for suffix, text in ((".md", to_markdown(head, rows)), (".tex", to_latex(head, rows))):
-            paths.append(write_text(Path(output_dir) / f"{name}{suffix}", text if rows else empty))
+        paths += write_table(name, *score_table(scores, runs, kind), output_dir, empty)
     return paths
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from misa.files import write_text
-from misa.results.pages import write_table
-from misa.results.tables import Cell
+from misa.results.tables import Cell, require_one_kind
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +28,7 @@ def mean_losses(settings: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: If there are no rows, or runs of several kinds.
     """
-    if settings.empty or settings["kind"].nunique() > 1:
-        kinds = ", ".join(settings["kind"].unique()) or "none"
-        raise ValueError(f"the table must have runs of one kind, found {kinds}")
+    require_one_kind(settings)
     losses = settings.assign(eval_loss=settings["eval_loss"].astype(float).fillna(math.inf))
     return losses.pivot_table(index="method", columns="learning_rate", values="eval_loss", aggfunc="mean", sort=True)
 
@@ -70,23 +67,6 @@ def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
         rows.append([look(METHODS, method).label, *cells, "" if best is None else f"{best:g}", "yes" if at_end else ""])
     head = ["method", *(f"loss at {rate:g}" for rate in means.columns), "chosen", "end of the grid"]
     return head, rows
-
-
-def write_tuning_table(table: str | Path, output_dir: str | Path, page_dir: str | Path | None = None) -> list[Path]:
-    """Write `learning_rates.md`, `learning_rates.tex` and, for the report, `learning_rates.html`.
-
-    Args:
-        table: The file `settings.csv`.
-        output_dir: Folder to write, made if needed.
-        page_dir: Folder of the page; None writes none.
-
-    Raises:
-        ValueError: If the table is missing or unusable.
-    """
-    from misa.figures import read_table
-
-    head, rows = tuning_table(read_table(table))
-    return write_table("learning_rates", head, rows, output_dir, page_dir)
 
 
 def apply_rates(sheet: str | Path, table: str | Path) -> list[str]:

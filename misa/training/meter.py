@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from typing import Any
 
 import torch
 from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerControl, TrainerState
+
+from misa.results.provenance import peak_rss_bytes
 
 # Step durations kept for the median.
 NUM_DURATIONS = 1000
@@ -136,13 +136,6 @@ class Meter(TrainerCallback, ExportableState):
         self.rss_bytes = max(self.rss_bytes, peak_rss_bytes())
         if torch.cuda.is_available():
             self.device_bytes = max(self.device_bytes, torch.cuda.max_memory_allocated())
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident set this process has had, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def unwrapped(optimizer: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from misa.methods import METHODS
-from misa.results.reference import fill_page, schema_table
+from misa.results.sections import fill_page, schema_table
 
 NEEDED = ("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers", "latex2mathml")
 
