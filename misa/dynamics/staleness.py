@@ -133,6 +133,7 @@ def mean_staleness(rows: Sequence[Row]) -> dict[str, float]:
 
 def follow(
     model: torch.nn.Module,
+    gradients: BlockGradients,
     population: Sequence[Mapping[str, torch.Tensor]],
     batches: Sequence[Mapping[str, torch.Tensor]],
     settings: FollowSettings,
@@ -143,6 +144,7 @@ def follow(
 
     Args:
         model: The snapshot; it stays as it is.
+        gradients: Its own, on the population.
         population: Mini-batches that fresh gradients are measured on.
         batches: Mini-batches that are trained on, one a step, in turn.
         settings: The rounds.
@@ -177,8 +179,9 @@ def follow(
             seed=settings.seed,
         )
         source = itertools.cycle(batches)
+        present: BlockGradients | None = gradients
         for number in range(settings.num_rounds):
-            start = fresh(trained)
+            start, present = fresh(trained) if present is None else present, None
             now = step + number * settings.interval if step >= 0 else step
             if number:  # before the first round there is no score
                 stored, p = (np.array(list(each.values())) for each in (optimizer.scores, optimizer.probabilities))
@@ -193,10 +196,11 @@ def follow(
                 trained(**next(source)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                # The end of a round is the start of the next, where the first policy has been measured anyway.
+                # The end of a round is the start of the next.
                 if policy == "eta1" and k in (settings.interval // 2, settings.interval):
+                    present = fresh(trained)
                     yield from _aged(
-                        *(name, now + k, "round_start", k, start.scores, fresh(trained)),
+                        *(name, now + k, "round_start", k, start.scores, present),
                         *(settings.budget, settings.effective_share),
                     )
         optimizer.release()

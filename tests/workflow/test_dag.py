@@ -50,8 +50,7 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
     assert done.returncode == 0, done.stdout
     kinds = Counter(row["kind"] for row in sheet(repository, scale))
     grid = yaml.safe_load((repository / "workflows" / "config" / f"{scale}.yaml").read_text())["memory_grid"]
-    # Without a study's ablation; at laptop scale without the age of scores.
-    drawn = len(FIGURES) - (0 if grid["in_all"] else len(OF_GRID)) - 1 - (scale == "laptop")
+    drawn = len(FIGURES) - (0 if grid["in_all"] else len(OF_GRID)) - 1
     planned_grid = {"memory_grid_part": len(grid["parts"]), "memory_grid_tables": 1} if grid["in_all"] else {}
     assert planned(done.stdout) == {
         **dict.fromkeys(COMPUTING, 1),

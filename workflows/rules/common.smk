@@ -173,8 +173,6 @@ def is_drawn(figure):
         return Path(table_of(figure)).is_file()
     if figure in STUDY_TABLES:
         return STUDY == STUDY_TABLES[figure]
-    if figure == "staleness":
-        return "--follow_rounds 0" not in config["variance"]["args"]
     return figure not in GRID_FIGURES or config["memory_grid"]["in_all"]
 
 
