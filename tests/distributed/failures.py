@@ -13,6 +13,7 @@ from cases import rows
 from tiny import llama
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _MixedPrecision
 
 from benchmarks.distributed import Traffic
 from misa.distributed import wrapped
@@ -62,6 +63,13 @@ def static_graph_later() -> str:
 def communication_hook() -> str:
     model = DistributedDataParallel(llama(2))
     model.register_comm_hook(None, allreduce_hook)
+    return message(lambda: MISA(model, budget=0.3))
+
+
+def mixed_precision() -> str:
+    model = DistributedDataParallel(llama(2))
+    # What its argument of this name sets, which the constructor takes on a GPU only.
+    model.mixed_precision = _MixedPrecision(param_dtype=torch.bfloat16)
     return message(lambda: MISA(model, budget=0.3))
 
 
@@ -121,8 +129,8 @@ def copies() -> bool:
 
 
 CALLS = (
-    *(drift, other_models, static_graph, static_graph_later, communication_hook, wrapper_is_alive, without_switch),
-    *(copies, bytes_sent),
+    *(drift, other_models, static_graph, static_graph_later, communication_hook, mixed_precision, wrapper_is_alive),
+    *(without_switch, copies, bytes_sent),
 )
 
 

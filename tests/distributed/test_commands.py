@@ -168,3 +168,16 @@ def test_other_ways_of_sharing_a_model_are_refused(
     said = capsys.readouterr().err
     assert f"misa.train: error: {option}: " in said
     assert "use torchrun with the plain model" in said
+
+
+@pytest.mark.support(REFUSED, "`galore_layerwise` in several processes")
+def test_method_that_steps_in_the_backward_pass_is_refused_where_one_process_may_use_it(
+    small: Path, launch: Launch, tmp_path: Path
+) -> None:
+    options = {"method": "galore_layerwise", "budget": None, "interval": None, "max_grad_norm": 0, "max_steps": 1}
+    assert launch(1, "train", words(small, tmp_path / "one", 1, **options)) == [0]
+    codes = launch(2, "train", words(small, tmp_path / "two", **options))
+    # A process that lost its partner in the middle of an exchange ends otherwise.
+    assert 2 in codes
+    assert 0 not in codes
+    assert not (tmp_path / "two" / "result.json").exists()

@@ -70,8 +70,8 @@ def test_processes_with_other_models_are_refused(failures: list[dict[str, Any]])
         assert "differ between process 0 and process 1" in found["other_models"]
 
 
-@pytest.mark.support(REFUSED, "DDP with `static_graph` or a communication hook")
-@pytest.mark.parametrize("name", ["static_graph", "static_graph_later", "communication_hook"])
+@pytest.mark.support(REFUSED, "DDP with `static_graph`, a communication hook or mixed precision of its own")
+@pytest.mark.parametrize("name", ["static_graph", "static_graph_later", "communication_hook", "mixed_precision"])
 def test_wrapper_settings_that_cannot_work_are_refused_before_the_first_step(
     failures: list[dict[str, Any]], name: str
 ) -> None:

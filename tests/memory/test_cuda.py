@@ -66,8 +66,8 @@ def test_prediction_is_near_what_cuda_allocates(fields, checkpointing, loss, rec
     measured = allocated(scenario)
     record_property("predicted_bytes", predicted)
     record_property("measured_bytes", measured)
-    # Workspaces of matrix products are not predicted: some 8 to 32 MiB each for the forward and the backward thread.
-    assert abs(measured - predicted) < 0.03 * measured + 80 * 2**20
+    # Workspaces of matrix products are allocated there, some 8 to 32 MiB, and not predicted.
+    assert abs(measured - predicted) < 0.03 * measured + 40 * 2**20
 
 
 @pytest.mark.gpu
@@ -80,4 +80,4 @@ def test_training_inside_a_memory_budget_stays_there(tmp_path):
     words += ["--dtype", "bfloat16", "--per_device_train_batch_size", "8", "--interval", "2", "--budget", "0.1"]
     assert pretrain(["--save_model", "false", "--memory_budget", "2GiB", *words]) == 0
     peaks = read_result(tmp_path / "run").peaks
-    assert abs(peaks["measured_bytes"] - peaks["predicted_bytes"]) < 0.03 * peaks["measured_bytes"] + 80 * 2**20
+    assert abs(peaks["measured_bytes"] - peaks["predicted_bytes"]) < 0.03 * peaks["measured_bytes"] + 40 * 2**20

@@ -110,12 +110,12 @@ def test_wrong_input_ends_with_status_2_and_one_line(words, message, capsys):
 
 
 def test_grid_parts_become_tables(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("misa.memory.grid.SEQ_LENS", (128, 256))
+    monkeypatch.setattr("misa.memory.grid.SEQ_LENS", (128, 256, 512))
     monkeypatch.setattr("misa.memory.grid.LIMIT", "128MiB")
     parts = []
     for name in ("misa-25", "sweep", "levers"):
         parts.append(str(tmp_path / f"{name}.json"))
-        monkeypatch.setattr("misa.memory.grid.SWEEP", (0.25,))
+        monkeypatch.setattr("misa.memory.grid.SWEEP", (0.1, 0.25))
         monkeypatch.setattr("misa.memory.grid.LEVERS_BUDGET", 0.1)
         assert grid_main(["part", "--part", name, "--model", small, "--output", parts[-1]]) == 0
     assert grid_main(["join", *parts, "--output_dir", str(tmp_path / "tables")]) == 0

@@ -21,9 +21,8 @@ def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-# One method of each kind: the others run the same code, but GaLore, whose singular value decomposition has a workspace
-# inside the kernel, which no tracker sees.
-forms = [(name, False) for name in ("adamw", "lora", "badam", "misa")] + [("adamw", True)]
+# GaLore is left out: its singular value decomposition has a workspace inside the kernel, which no tracker sees.
+forms = [(name, False) for name in METHODS if not name.startswith("galore")] + [("adamw", True)]
 found = {}
 for name, is_lean in forms:
     model = build_model(model_config("7m", vocab_size=16000), 0, "bfloat16")

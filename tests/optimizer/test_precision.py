@@ -58,7 +58,7 @@ def test_master_made_again_is_the_one_dropped(dtype):
     optimizer.zero_grad()
     master = entry.master.clone()
     entry.drop_state(keep_residual=True)
-    assert entry.residual.element_size() == 2
+    assert entry.residual.dtype == (torch.int16 if dtype == torch.bfloat16 else torch.bfloat16)
     entry.make_master()
     assert torch.equal(entry.master.to(dtype), entry.param)
     spacing = (entry.master - entry.param.float()).abs().max()
