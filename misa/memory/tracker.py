@@ -43,6 +43,7 @@ _RANK = {TEMPORARY: 0, ACTIVATIONS: 1, LOGITS: 2, OPTIMIZER: 3, GRADIENTS: 4, WE
 #: The parts of one training step.
 PHASES = ("forward", "backward", "step")
 _OUTSIDE = "outside"
+_DEVICE = torch.ops.prim.device.default
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ class MemoryTracker(TorchDispatchMode):
         self._recomputing = False
         self._parameters: list[torch.nn.Parameter] = []
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._masters: list[torch.Tensor] = []  # what an optimizer holds and may hang a gradient on, during its step
+        # What an optimizer holds and may hang a gradient on, during its step, by id.
+        self._masters: dict[int, torch.Tensor] = {}
 
     # --- what exists before, and names for what happens -------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class MemoryTracker(TorchDispatchMode):
         handles = self._follow_gradients() if name == "backward" else []
         self._follow_sizes()
         if name == "step":
-            self._masters = [t for root in self._optimizers for t in reachable_tensors(root) if t.is_leaf]
+            self._masters = {id(t): t for root in self._optimizers for t in reachable_tensors(root) if t.is_leaf}
         try:
             yield
         finally:
@@ -207,7 +209,7 @@ class MemoryTracker(TorchDispatchMode):
                 handle.remove()
             self._end_phase(name)
             self._phase = _OUTSIDE
-            self._masters = []
+            self._masters = {}
 
     def enter_logits(self) -> None:
         """Everything made from here on belongs to the logits and the loss, until `leave_logits` or the phase ends."""
@@ -239,17 +241,14 @@ class MemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then count the new storages among its results."""
+        if func is _DEVICE:
+            # Fake tensors are asked for their device more often than for all else, and know it.
+            return getattr(args[0], "fake_device", None) or func(*args)
         if self._phase == "backward":
             # Autograd runs with gradients off; only the recomputation of a checkpointed forward pass turns them on.
             self._recompute(torch.is_grad_enabled())
-        if self._peak_is_now and self._masters:
-            # Widened gradients of master copies live for a moment inside the step. They cannot be looked for when a
-            # storage dies, since a `.grad` that is being replaced must not be read then.
-            for master in self._masters:
-                self._claim_gradient(master)
         if self._phase == "step":
-            # A workspace may have got its memory back just now; no operation tells of that.
-            self._follow_sizes_of(tree_leaves((args, kwargs)))
+            self._follow_step(tree_leaves((args, kwargs)))
         result = func(*args, **(kwargs or {}))
         self._operation = str(func)
         category = LOGITS if self._in_logits and not self._recomputing else TEMPORARY
@@ -293,9 +292,17 @@ class MemoryTracker(TorchDispatchMode):
                 self._resize(storage, untyped)
         self._mark_peak()
 
-    def _follow_sizes_of(self, leaves: Iterable[Any]) -> None:
-        for leaf in leaves:
+    def _follow_step(self, arguments: Iterable[Any]) -> None:
+        """Learn from the arguments of an operation in the step what no operation tells of.
+
+        Widened gradients of master copies live for a moment inside the step, while the master is updated. They cannot
+        be looked for when a storage dies, since a `.grad` that is being replaced must not be read then. And a workspace
+        may have got its memory back just now.
+        """
+        for leaf in arguments:
             if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+                if id(leaf) in self._masters:
+                    self._claim_gradient(leaf)
                 untyped = leaf.untyped_storage()
                 known = self._live.get(untyped._cdata)
                 if known is not None:
