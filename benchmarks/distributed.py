@@ -2,8 +2,8 @@
 
 Several processes on this machine train the same model over gloo; every collective operation is counted by the bytes of
 the tensors handed to it, in Python and out of it (DDP's reducer, FSDP2), so no time is measured. Contestants: AdamW in
-DistributedDataParallel; MISA in it with `find_unused_parameters`, DDP's own answer to switching; MISA as it is; both
-under FSDP2. What is sent before the first step is left out.
+DistributedDataParallel; MISA in it with `find_unused_parameters`, DDP's own answer to switching; MISA as it is, and
+with its state shared out over the processes; both under FSDP2. What is sent before the first step is left out.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
     budgets = [float(word) for word in options.budgets.split(",")]
     contestants: list[tuple[str, float]] = [("AdamW, DDP", 1.0), ("AdamW, FSDP2", 1.0)]
     for budget in budgets:
-        contestants += [(name, budget) for name in ("MISA, DDP with find_unused", "MISA", "MISA, FSDP2")]
+        names = ("MISA, DDP with find_unused", "MISA", "MISA, state shared out", "MISA, FSDP2")
+        contestants += [(name, budget) for name in names]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         arguments = (options.num_processes, vars(options), contestants, folder)
@@ -122,12 +123,12 @@ def count(name: str, budget: float, options: dict[str, Any]) -> dict[str, Any]:
         options: Size of the model, rounds and their length.
 
     Returns:
-        Bytes in a step by kind: gradients, weights (FSDP2 alone), and what is agreed on once a round; bytes of the
-        buckets held between steps and at most during one.
+        Bytes in a step by kind: gradients, weights (where state or weights are shared out), and what is agreed on once
+        a round; bytes of the buckets held between steps and at most during one; largest bytes of moments and masters.
     """
     model, optimizer, held_bytes = make(name, budget, options)
     num_steps = options["interval"] * options["num_rounds"]
-    numels, gradients, weights, rounds, largest = [], 0, 0, 0, 0
+    numels, gradients, weights, rounds, largest, states = [], 0, 0, 0, 0, 0
     tokens = torch.randint(0, 100, (1, 8), generator=torch.Generator().manual_seed(dist.get_rank()))
     full_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     for _ in range(num_steps):
@@ -137,12 +138,13 @@ def count(name: str, budget: float, options: dict[str, Any]) -> dict[str, Any]:
         with Traffic() as update:
             optimizer.step()
         optimizer.zero_grad()
-        gathered = sum(size for kind, size in backward.sent_bytes.items() if "allgather" in kind)
+        gathered, exchanged = _gathered(backward), _gathered(update)
         reduced = sum(backward.sent_bytes.values()) - gathered
-        weights += gathered
+        weights += gathered + exchanged
         gradients += reduced
-        rounds += sum(update.sent_bytes.values())
+        rounds += sum(update.sent_bytes.values()) - exchanged
         largest = max(largest, reduced)
+        states = max(states, _state_bytes(optimizer))
     return {
         "contestant": name,
         "budget": budget,
@@ -154,7 +156,20 @@ def count(name: str, budget: float, options: dict[str, Any]) -> dict[str, Any]:
         "agreement_bytes_per_round": rounds / options["num_rounds"],
         "bucket_bytes_held": held_bytes,
         "bucket_bytes_in_backward": held_bytes if "FSDP2" in name else max(held_bytes, largest),
+        "state_bytes": states,
     }
+
+
+def _gathered(traffic: Traffic) -> int:
+    return sum(size for kind, size in traffic.sent_bytes.items() if "allgather" in kind)
+
+
+def _state_bytes(optimizer: Any) -> int:
+    """Moments and masters that this process holds."""
+    if hasattr(optimizer, "state_bytes"):
+        return sum(optimizer.state_bytes().values())
+    held = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor) and v.ndim]
+    return sum((v.to_local() if hasattr(v, "to_local") else v).nbytes for v in held)  # type: ignore[attr-defined]
 
 
 def numels_of(model: nn.Module) -> int:
@@ -181,7 +196,8 @@ def make(name: str, budget: float, options: dict[str, Any]) -> tuple[nn.Module, 
     if name.startswith("AdamW"):
         return wrapped, torch.optim.AdamW(model.parameters(), lr=1e-4), held_bytes
     with reducer_goes_on() if "find_unused" in name else nullcontext():
-        optimizer = MISA(wrapped, lr=1e-4, budget=budget, interval=options["interval"])
+        shared = {"shard_state": "shared" in name}
+        optimizer = MISA(wrapped, lr=1e-4, budget=budget, interval=options["interval"], **shared)
         # The wrapper is looked at again in the first forward pass.
         if "find_unused" in name:
             tokens = torch.zeros(1, 2, dtype=torch.long)
@@ -234,15 +250,16 @@ def table(report: dict[str, Any]) -> str:
         "those handed to collective operations; a ring moves 2 (n - 1) / n times as many over n processes.",
         "",
         "| contestant | budget | gradients a step (MiB) | of all gradients | weights a step (MiB) | "
-        "agreement a round (KiB) | buckets held (MiB) | at most in a step (MiB) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "agreement a round (KiB) | buckets held (MiB) | at most in a step (MiB) | optimizer state (MiB) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         share = row["gradient_bytes_per_step"] / row["full_gradient_bytes"]
         lines.append(
             f"| {row['contestant']} | {row['budget']:g} | {row['gradient_bytes_per_step'] / mib:.2f} | {share:.1%} | "
             f"{row['weight_bytes_per_step'] / mib:.1f} | {row['agreement_bytes_per_round'] / 1024:.1f} | "
-            f"{row['bucket_bytes_held'] / mib:.1f} | {row['bucket_bytes_in_backward'] / mib:.1f} |"
+            f"{row['bucket_bytes_held'] / mib:.1f} | {row['bucket_bytes_in_backward'] / mib:.1f} | "
+            f"{row['state_bytes'] / mib:.2f} |"
         )
     lines += ["", "| budget | bytes of MISA over budget x all gradients | value | limit | met |"]
     lines.append("| ---: | --- | ---: | ---: | --- |")

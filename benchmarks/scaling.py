@@ -78,11 +78,17 @@ def size_of(name: str) -> Size:
     return Size(total, sum(layers), max(*layers, total - sum(layers)))
 
 
-def measured_shares(report: dict[str, Any], budget: float) -> dict[str, tuple[float, float]]:
-    """Of each contestant, what it sends in a step.
+@dataclass(frozen=True)
+class Sent:
+    """What a contestant sends in a step, as shares: of all gradients, of all weights, and of the layers' once more."""
 
-    Returns:
-        Gradients as a share of all, and how often weights of layers are gathered beyond the once that all are.
+    gradients: float
+    weights: float
+    layers: float
+
+
+def measured_shares(report: dict[str, Any], budget: float) -> dict[str, Sent]:
+    """Of each contestant, what it sends in a step; under FSDP2 all weights travel, and those of the layers again.
 
     Raises:
         ValueError: If the budget was not measured.
@@ -92,38 +98,37 @@ def measured_shares(report: dict[str, Any], budget: float) -> dict[str, tuple[fl
     for row in report["rows"]:
         if row["contestant"].startswith("AdamW") or row["budget"] == budget:
             full = row["full_gradient_bytes"]
-            again = (row["weight_bytes_per_step"] / full - 1) * size.total / size.layers
-            found[row["contestant"]] = (row["gradient_bytes_per_step"] / full, again)
+            weights = row["weight_bytes_per_step"] / full
+            again = (weights - 1) * size.total / size.layers if "FSDP2" in row["contestant"] else 0.0
+            found[row["contestant"]] = Sent(row["gradient_bytes_per_step"] / full, min(weights, 1.0), again)
     if "MISA" not in found:
         raise ValueError(f"budget is {budget}, measured are {sorted({row['budget'] for row in report['rows']})}")
     return found
 
 
-def plan(
-    size: Size, gpus: int, name: str, shares: tuple[float, float], options: argparse.Namespace
-) -> dict[str, float]:
+def plan(size: Size, gpus: int, name: str, sent: Sent, options: argparse.Namespace) -> dict[str, float]:
     """Traffic, memory and times of one GPU in one step.
 
     Args:
         size: Of the model.
         gpus: Number of GPUs.
         name: A contestant of the measurement.
-        shares: What it sends, from `measured_shares`.
+        sent: What it sends, from `measured_shares`.
         options: Network, GPU and tokens.
     """
     active = options.budget if name.startswith("MISA") else 1.0
     sharded = "FSDP2" in name
     parts = gpus if sharded else 1
+    state_parts = gpus if sharded or "shared" in name else 1
     weights = BF16_BYTES * size.total
     # Gradients and what they are sent in, masters and moments: of what is active.
     buffers = BF16_BYTES * (1 if sharded else 2)
-    memory = (weights + active * (buffers + STATE_BYTES) * size.total) / parts
+    memory = (weights + active * buffers * size.total) / parts + active * STATE_BYTES * size.total / state_parts
     if sharded:  # gathered weights of the group at hand and of the next one, and gradients of the group
-        memory += (2 + (shares[0] if active < 1 else 1)) * BF16_BYTES * size.largest
-    gradients = shares[0] * weights
-    gathered = weights + shares[1] * BF16_BYTES * size.layers
-    around = (gpus - 1) / gpus
-    traffic = around * (gradients + gathered if sharded else 2 * gradients)
+        memory += (2 + (sent.gradients if active < 1 else 1)) * BF16_BYTES * size.largest
+    # Gradients that all processes need are sent twice around, scattered ones once.
+    gradients = (1 if sharded else 2) * sent.gradients * weights
+    traffic = (gpus - 1) / gpus * (gradients + sent.weights * weights + sent.layers * BF16_BYTES * size.layers)
     speed = options.node_gb_s if gpus <= options.node_gpus else options.network_gb_s
     # Forward 2, backward 2 through the activations (at most: what lies below the lowest active matrix is left out) and
     # 2 for the gradients of what is active.
@@ -167,18 +172,19 @@ def page(options: argparse.Namespace) -> str:
         heads += ("computing (s)", "sending (s)", "step (s)")
         lines += [f"| {' | '.join(heads)} |", "| ---: | --- | ---: | --- | ---: | ---: | ---: | ---: |"]
         for gpus in GPUS:
-            for name in ("AdamW, DDP", "MISA", "AdamW, FSDP2", "MISA, FSDP2"):
+            for name in ("AdamW, DDP", "MISA", "MISA, state shared out", "AdamW, FSDP2", "MISA, FSDP2"):
                 found = plan(size, gpus, name, shares[name], options)
                 fits = "yes" if found["memory_gib"] < options.gpu_gib else "no"
                 computing, sending = found["compute_s"], found["network_s"]
-                shown = "MISA, data parallel" if name == "MISA" else name
+                shown = name if "FSDP2" in name or "DDP" in name else name.replace("MISA", "MISA, data parallel")
                 lines.append(
                     f"| {gpus} | {shown} | {found['memory_gib']:.1f} | {fits} | {found['traffic_gb']:.2f} | "
                     f"{computing:.2f} | {sending:.3f} | {max(computing, sending):.2f} to {computing + sending:.2f} |"
                 )
         lines.append("")
     lines += [
-        "Data parallel MISA sends the gradients of its active blocks alone. Under FSDP2 the weights are gathered for",
+        "Data parallel MISA sends the gradients of its active blocks alone; with `shard_state=True` the updated",
+        "weights of these blocks, too, for a share of masters and moments. Under FSDP2 the weights are gathered for",
         "every forward and backward pass, whatever trains; only scattering the gradients gets cheaper. So where the",
         "weights fit, data parallel training is the cheaper way, and FSDP2 is for models that do not fit.",
     ]

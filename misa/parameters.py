@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from misa.distributed.sharded import local_part
 from misa.gradients import Number, gradient_norm
 from misa.inner import cut_residual, follow_weight, make_master
 
@@ -144,14 +143,14 @@ class Entry:
         assert self.param.grad is not None
         return gradient_norm(self.param.grad)
 
-    def find_local(self) -> None:
-        """Look where the weight lies; a sharded one may have moved while it was off."""
-        self.local = local_part(self.param)
+    def find_local(self, part: Callable[[Tensor], Tensor]) -> None:
+        """Look where the part of the weight that this process updates lies; it may have moved while it was off."""
+        self.local = part(self.param)
 
-    def take_gradient(self) -> None:
+    def take_gradient(self, part: Callable[[Tensor], Tensor]) -> None:
         """Show the inner optimizer the gradient of the local part."""
         if self.local is not self.param and self.param.grad is not None:
-            self.local.grad = local_part(self.param.grad)
+            self.local.grad = part(self.param.grad)
 
     def make_master(self) -> None:
         """Copy the weight to fp32, with what an earlier master held beyond the weight's precision."""

@@ -14,9 +14,10 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from misa.distributed.sharded import like_parameter, local_part
+from misa.optimizer import state as packing
 
 if TYPE_CHECKING:
+    from misa.distributed.workers import Workers
     from misa.optimizer.engine import BlockCoordinateOptimizer
 
 MODEL, OPTIMIZER = "model", "optimizer"
@@ -30,7 +31,7 @@ def save(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
         model: The model.
         optimizer: Its optimizer.
     """
-    dcp.save({MODEL: model.state_dict(), OPTIMIZER: optimizer.state_dict()}, checkpoint_id=str(folder))
+    dcp.save({MODEL: model.state_dict(), OPTIMIZER: packing.pack(optimizer)}, checkpoint_id=str(folder))
 
 
 def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimizer) -> None:
@@ -55,7 +56,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
         param = params.get(path[2]) if path[1] == "state" else None
         if path[1] == "state" and param is None:
             raise ValueError(f"{folder}: has state of {path[2]}, which this optimizer does not train")
-        _set(state, path[1:], _room(stored, param))
+        _set(state, path[1:], _room(stored, param, optimizer._workers))
     whole = {MODEL: model.state_dict(), OPTIMIZER: state}
     dcp.load(whole, checkpoint_id=str(folder))
     model.load_state_dict(whole[MODEL])
@@ -66,15 +67,15 @@ def _named(optimizer: BlockCoordinateOptimizer, group: dict[str, Any]) -> list[t
     return [(optimizer._entries[p].name, p) for p in group["params"] if p in optimizer._entries]
 
 
-def _room(stored: Any, param: nn.Parameter | None) -> Any:
-    """Memory to load a value into: sharded as its parameter, if it belongs to one."""
+def _room(stored: Any, param: nn.Parameter | None, workers: Workers) -> Any:
+    """Memory to load a value into: sharded as the state of its parameter, if it belongs to one."""
     if not isinstance(stored, TensorStorageMetadata):
         return None
     if param is None or not stored.size:
         return torch.empty(stored.size, dtype=stored.properties.dtype)
-    local = local_part(param)
+    local = workers.local_part(param)
     size = local.shape if stored.size == param.shape else stored.size
-    return like_parameter(torch.empty(size, dtype=stored.properties.dtype, device=local.device), param)
+    return workers.like_parameter(torch.empty(size, dtype=stored.properties.dtype, device=local.device), param)
 
 
 def _set(tree: Any, path: tuple[Any, ...], value: Any) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from misa.distributed import agree
+from misa.distributed import agree, sharded
 from misa.distributed.reduce import Exchange
+from misa.distributed.rows import Rows
 from misa.distributed.sharded import Sharding, is_sharded, settle_types
 from misa.distributed.wrapped import active_wrapper, rest
 from misa.inner import BoundedAdam
@@ -27,7 +28,8 @@ class Workers:
 
     With an initialized process group of several processes (`torchrun`), training is data parallel: weights start as
     process 0 has them, the gradients of active blocks are averaged, and all draw the same blocks. With parameters
-    sharded by `fully_shard`, FSDP2 reduces the gradients and only norms and draws are left to agree on.
+    sharded by `fully_shard`, FSDP2 reduces the gradients and only norms and draws are left to agree on. With
+    `shard_state` each process of a data parallel run keeps the state of its rows of every active weight.
 
     Args:
         source: The model, or its `(name, parameter)` pairs.
@@ -54,6 +56,7 @@ class Workers:
         self._named = [(name, p) for name, p in named if type(p) in (nn.Parameter, Tensor) or is_sharded(p)]
         self._sharding: Sharding | None = None
         self._exchange: Exchange | None = None
+        self._rows: Rows | None = None
         self._wrapper: weakref.ref[nn.Module] | None = None
         self._handle: Any = None
         params = [p for _, p in self._named]
@@ -66,6 +69,8 @@ class Workers:
             self._exchange = Exchange(params)
             if isinstance(source, nn.Module):
                 self._handle = source.register_forward_pre_hook(self._forward_hook())
+            if settings.shard_state:
+                self._rows = Rows(self._device.type)
         if self.size > 1 and not copied:
             agree.require_same_model(self._named)
             if self._exchange is not None:
@@ -111,6 +116,35 @@ class Workers:
     def total(self, squares: Any) -> Any:
         """Squared norms of whole gradients, from those of the parts that lie here."""
         return squares if self._sharding is None else self._sharding.total(squares)
+
+    # ---- state: of the part of a weight that lies here -----------------------------------------------------------
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether each process keeps a part of the state of weights that all of them hold whole."""
+        return self._rows is not None
+
+    def local_part(self, tensor: Tensor) -> Tensor:
+        """What this process updates of a weight, or the same part of its gradient: a view; all of it if alone."""
+        return (sharded if self._rows is None else self._rows).local_part(tensor)
+
+    def like_parameter(self, value: Any, param: Tensor) -> Any:
+        """Wrap state of the local part of a parameter as a DTensor, where there are other parts."""
+        return (sharded if self._rows is None else self._rows).like_parameter(value, param)
+
+    def part_for(self, value: Any, param: Tensor) -> Any:
+        """State of the local part, from state that was saved whole or in parts."""
+        return (sharded if self._rows is None else self._rows).part_for(value, param)
+
+    def gather_weights(self, params: Iterable[Tensor]) -> None:
+        """Exchange the parts of weights that were updated, where each process updates its own."""
+        if self._rows is not None:
+            self._rows.gather(params)
+
+    def gather_state(self, packed: dict[str, Any]) -> dict[str, Any] | None:
+        """A state dictionary with the parts of all processes, on process 0; None on the others."""
+        found: dict[str, Any] = packed if self._rows is None else self._rows.whole(packed)
+        return found if self.rank == 0 else None
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +203,8 @@ class Workers:
 
 def _refuse_unshardable(settings: Settings) -> None:
     """Refuse what needs a whole gradient or a whole moment, of which each process holds a part."""
+    if settings.state_format == "8bit":
+        raise ValueError("state_format='8bit': not with fully_shard, since the scales lie across the parts")
     if settings.step_in_backward:
         raise ValueError(
             "step_in_backward=True: not with fully_shard, where a norm is known after the backward pass only"

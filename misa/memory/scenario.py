@@ -271,7 +271,12 @@ class Laboratory:
             if s.accumulates:
                 self._make_gradients()
             gc.collect()
-            return measure_step(self.model, self.optimizer, batch, self._rounding)
+            # What there is now stays: without it, the collector looks at less, and a tenth of the time is saved.
+            gc.freeze()
+            try:
+                return measure_step(self.model, self.optimizer, batch, self._rounding)
+            finally:
+                gc.unfreeze()
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "state_format": "master",
     "residual": "cpu",
     "step_in_backward": False,
+    "shard_state": False,
     "inner": "adamw",
 }
 

@@ -43,7 +43,7 @@ class ActiveSet:
         self._workers = workers
         self._inners: list[Any] = []
         for e in self.entries:
-            e.find_local()
+            e.find_local(workers.local_part)
         measures = settings.order == "importance" or settings.step_in_backward
         then: dict[Tensor, Callable[[Tensor], None]] = {}
         if measures:
@@ -174,7 +174,7 @@ class ActiveSet:
                     group[name] = value
         for e in entries:
             e.follow_outside_edits()
-            e.take_gradient()
+            e.take_gradient(self._workers.local_part)
         # A plain torch optimizer cannot skip on the device: read the flag.
         if good is False or not (hasattr(inner, "update") or bool(good)):
             return
@@ -192,6 +192,7 @@ class ActiveSet:
                     torch._foreach_mul_([g for e in entries if (g := e.target.grad) is not None], 1 / scale)
                 inner.step()
             self._narrow(entries)
+        self._workers.gather_weights([e.param for e in entries])
         for e in entries:
             e.version = e.local._version
             if e.local is not e.param:

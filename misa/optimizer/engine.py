@@ -96,6 +96,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._counts = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._rounding = torch.Generator().manual_seed(settings.seed)
         self._num_good: Tensor | int = 0  # steps taken
+        self._gathered: dict[str, Any] | None = None  # state of all processes, until the next step
         self._probe = Probe(self._workers)
         for p in self._owned:
             set_trainable(p, False)
@@ -175,6 +176,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         entries = self._on.with_gradient()
         if not entries:
             return loss
+        self._gathered = None
         found = getattr(self, "found_inf", None)  # set by a GradScaler, with grad_scale unless it has unscaled
         overflow = None if found is None else torch.as_tensor(found)
         good = self._on.step(entries, getattr(self, "grad_scale", None), overflow)
@@ -203,11 +205,25 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Everything needed to continue bit for bit: tensors, numbers, strings, keyed by parameter name."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        result = state.pack(self)
+        result = state.pack(self) if self._gathered is None else self._gathered
+        if self._workers.shares_state and self._gathered is None and result["state"]:
+            raise RuntimeError(
+                "shard_state=True: each process holds a part of the state. Call consolidate_state_dict() on all "
+                "processes after the step, then state_dict() on process 0, or save with misa.distributed.checkpoint"
+            )
         for post in self._optimizer_state_dict_post_hooks.values():
             changed = post(self, result)
             result = result if changed is None else changed
         return result
+
+    def consolidate_state_dict(self) -> None:
+        """Gather on process 0 what `shard_state` has shared out, for `state_dict` before the next step.
+
+        All processes call this together, as `torch.distributed.optim.ZeroRedundancyOptimizer` has it. Without
+        `shard_state` it does nothing.
+        """
+        if self._workers.shares_state:
+            self._gathered = self._workers.gather_state(state.pack(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`; a ValueError says how names, shapes, types or order of the model differ."""

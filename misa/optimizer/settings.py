@@ -52,6 +52,9 @@ class Settings:
             memory, 2 bytes a parameter ever used, so that switches lose no update; `"drop"` forgets it.
         step_in_backward: Apply and free each gradient as soon as it is ready. Needs one backward pass a step and no
             clipping, which would find no gradients and do nothing.
+        shard_state: Between processes of a data parallel run (FSDP2 does so by itself): each keeps master copy and
+            moments of its own rows of every active weight, and gets the other rows from the others after a step. Needs
+            AdamW as the inner optimizer. A process alone keeps all.
         inner: Class or factory of the inner optimizer, called with parameter groups and `inner_kwargs`; None is AdamW.
         inner_kwargs: Further arguments of `inner`.
         seed: Seed of the sampler's and the rounding's own generators.
@@ -76,6 +79,7 @@ class Settings:
     state_format: str = "master"
     residual: str = "cpu"
     step_in_backward: bool = False
+    shard_state: bool = False
     inner: InnerFactory | None = None
     inner_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -116,5 +120,10 @@ class Settings:
             )
         if self.inner is None and self.state_format == "inner":
             raise ValueError("state_format='inner': needs an inner optimizer, inner=")
+        if self.shard_state and (self.inner is not None or self.state_format == "8bit"):
+            raise ValueError(
+                "shard_state=True: needs AdamW, which updates each element by itself, with masters or with moments of "
+                "fp32 or bf16"
+            )
         if self.step_in_backward and self.probe_every:
             raise ValueError("probe_every: cannot be used with step_in_backward=True")

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from misa.distributed.sharded import like_parameter, part_for
-
 if TYPE_CHECKING:
     from misa.optimizer.engine import BlockCoordinateOptimizer
 
@@ -45,7 +43,7 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
         inner = optimizer.state.get(e.param) or e.saved or {}
         extra = {"master": e.master, "residual": e.residual}
         if held := {**inner, **{k: v.detach() for k, v in extra.items() if v is not None}}:
-            per_parameter[e.name] = {k: like_parameter(v, e.param) for k, v in held.items()}
+            per_parameter[e.name] = {k: optimizer._workers.like_parameter(v, e.param) for k, v in held.items()}
     name_of = {p: e.name for p, e in optimizer._entries.items()}
     groups = [
         {k: v for k, v in g.items() if k not in ("params", "param_names")}
@@ -97,7 +95,8 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
     optimizer._on.norms.write(held["sums"], held["num_good_in_round"], next(iter(on)).param.device)
     for e in optimizer._entries.values():
         device = e.param.device if e in on else None
-        values = {k: part_for(v, e.param) for k, v in saved["state"].get(e.name, {}).items()}
+        found = saved["state"].get(e.name, {})
+        values = {k: optimizer._workers.part_for(v, e.param) for k, v in found.items()}
         values = _copied(values, device)
         e.master, e.residual = values.pop("master", None), values.pop("residual", None)
         e.residual = None if e.residual is None else e.residual.cpu()

@@ -92,6 +92,9 @@ class MethodOptions:
     )
     residual: str | None = _option(None, "what a bf16 weight cannot hold of its master: cpu (kept there) or drop")
     step_in_backward: bool | None = _option(None, "apply each gradient as soon as it is ready, and free it")
+    shard_state: bool | None = _option(
+        None, "in data parallel training, let each process keep the moments of a share of what is on"
+    )
     inner: str | None = _option(None, "what happens to the active blocks: adamw or sgd")
     lora_r: int | None = _option(None, "rank of the adapters")
     lora_alpha: float | None = _option(None, "scale of the adapters")

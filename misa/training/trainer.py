@@ -121,6 +121,10 @@ class Trainer(transformers.Trainer):
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+        # Here all processes are; the optimizer is asked for its state on the first alone.
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict()
         self.accelerator.wait_for_everyone()
         self._staging = str(staging)
         try:

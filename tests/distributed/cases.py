@@ -35,6 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
     "DDP around the model": {"wrap": "before", "accumulation": 2},
     "DDP around it later": {"wrap": "after", "accumulation": 2, "checkpointing": True},
     "DDP that finds unused": {"wrap": "before", "find_unused_parameters": True},
+    "state shared out": {"shard_state": True, "accumulation": 2, "clip": 0.05},
+    "state shared out, always on": {"shard_state": True, "kind": "lisa", "num_blocks": 1},
+    "state shared out, bf16": {"shard_state": True, "dtype": torch.bfloat16},
+    "state shared out, step in backward": {"shard_state": True, "step_in_backward": True},
+    "state shared out, part without gradient": {"shard_state": True, "skips": True, "always_on": ("head",)},
     "part without gradient": {"skips": True, "always_on": ("head",)},
 }
 
@@ -46,6 +51,8 @@ OF_FOUR = (
     "clipping",
     "activation checkpointing",
     "bf16",
+    "state shared out",
+    "state shared out, always on",
     "part without gradient",
 )
 
@@ -123,6 +130,7 @@ def train(
         "weights": weights(inner),
         "drawn": drawn,
         "scores": optimizer.scores,
+        "bytes": optimizer.state_bytes(),
         "random state": torch.equal(random_state, torch.get_rng_state()),
         "trained": sum(not torch.equal(p, q) for p, q in zip(inner.parameters(), _start(skips, dtype), strict=True)),
     }

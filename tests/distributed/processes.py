@@ -40,4 +40,41 @@ def command(rank: int, size: int, port: int, name: str, words: list[str], kill: 
         return original(self, args, state, control, **kwargs)
 
     Schedule.on_step_end = on_step_end
-    sys.exit({"train": train, "pretrain": pretrain}[name].main(words))
+    commands = {"train": train.main, "pretrain": pretrain.main, "plain Trainer": plain_trainer}
+    sys.exit(commands[name](words))
+
+
+def plain_trainer(words: list[str]) -> int:
+    """Train with Hugging Face's own Trainer and state shared out; then again, from the checkpoint in the middle."""
+    import transformers
+    from cases import rows
+    from tiny import llama
+
+    import misa
+
+    class Consolidate(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            if control.should_save:
+                optimizer.optimizer.consolidate_state_dict()
+
+    batch = rows(0)
+    items = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["labels"]))]
+    weights = []
+    for checkpoint in (None, f"{words[0]}/checkpoint-3"):
+        arguments = transformers.TrainingArguments(
+            words[0], use_cpu=True, max_steps=5, save_steps=3, per_device_train_batch_size=2, report_to=[],
+            disable_tqdm=True,
+        )  # fmt: skip
+        options = {"lr": 1e-3, "budget": 0.3, "interval": 2, "shard_state": True}
+        trainer = transformers.Trainer(
+            llama(2), arguments, train_dataset=items, callbacks=[Consolidate()],
+            optimizer_cls_and_kwargs=(misa.TrainerOptimizer, options),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=checkpoint)
+        weights.append([p.detach().clone() for p in trainer.model.parameters()])
+    saved = torch.load(f"{words[0]}/checkpoint-3/optimizer.pt")["state"]
+    shapes = {name: p.shape for name, p in trainer.model.named_parameters()}
+    assert saved
+    assert all(held["exp_avg"].shape == shapes[name] for name, held in saved.items())
+    assert all(torch.equal(p, q) for p, q in zip(*weights, strict=True))
+    return 0

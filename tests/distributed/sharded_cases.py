@@ -58,7 +58,7 @@ def train(model: Any, optimizer: Any, steps: range, accumulation: int = 1, clip:
     rank = dist.get_rank() if size > 1 else 0
     for step in steps:
         for part in range(accumulation):
-            if size > 1:
+            if is_sharded(next(model.parameters())):
                 model.set_requires_gradient_sync(part == accumulation - 1)
             own = {k: v.chunk(size)[rank] for k, v in rows(step * accumulation + part).items()}
             (model(**own).loss / accumulation).backward()
@@ -111,6 +111,7 @@ def together(folder: str) -> dict[str, Any]:
         }
     found["resumed"] = resumed(folder)
     found["step in backward"] = message(lambda: make(True, step_in_backward=True))
+    found["8bit"] = message(lambda: make(True, dtype=torch.bfloat16, state_format="8bit"))
     found["bound"] = message(lambda: make(True, variant="paper"))
     found["partly"] = message(_partly)
     return found

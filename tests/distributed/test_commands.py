@@ -112,6 +112,21 @@ def test_killed_process_changes_no_bit(small: Path, launch: Launch, whole: Path,
     assert read_result(again).metrics == read_result(whole).metrics
 
 
+@pytest.mark.support(COMMANDS, "`--shard_state`")
+def test_state_shared_out_changes_no_bit_even_where_a_process_is_killed(
+    small: Path, launch: Launch, whole: Path, tmp_path: Path
+) -> None:
+    line = words(small, tmp_path, shard_state="true")
+    assert -9 in launch(2, "train", line, kill=(1, 5))
+    assert launch(2, "train", line) == [0, 0]
+    assert all(torch.equal(weight, weights(tmp_path)[name]) for name, weight in weights(whole).items())
+
+
+@pytest.mark.support("HF Trainer of your own under `torchrun`", "`shard_state` with a callback, resumed bit for bit")
+def test_trainer_of_ones_own_saves_shared_state_with_a_callback(launch: Launch, tmp_path: Path) -> None:
+    assert launch(2, "plain Trainer", [str(tmp_path)]) == [0, 0]
+
+
 @pytest.mark.support(COMMANDS, "resumed on another number of processes")
 def test_run_goes_on_with_another_number_of_processes(
     small: Path, launch: Launch, whole: Path, killed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -78,10 +78,12 @@ def test_resumed_run_on_more_processes_is_the_same(two: list[Found], four: Found
 
 
 @pytest.mark.support(
-    "refused before the first step, in words that name what works", 'FSDP2 with `step_in_backward` or `variant="paper"`'
+    "refused before the first step, in words that name what works",
+    'FSDP2 with `step_in_backward`, 8-bit moments or `variant="paper"`',
 )
 def test_what_needs_whole_gradients_is_refused(two: list[Found]) -> None:
     assert "step_in_backward=True: not with fully_shard" in two[0]["step in backward"]
+    assert "state_format='8bit': not with fully_shard" in two[0]["8bit"]
     assert "inner=BoundedAdam (variant='paper'): not with fully_shard" in two[0]["bound"]
 
 
