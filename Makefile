@@ -14,6 +14,10 @@ export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY ?= 1
+# Set but empty, it is no truth value to PEFT.
+ifeq ($(strip $(HF_HUB_OFFLINE)),)
+unexport HF_HUB_OFFLINE
+endif
 
 .PHONY: help reproduce test checks figures docs freeze bench constraints environment
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported: waiting threads sleep, or two test processes on two cores take ten times as long.
-for name, value in {
+# Before torch is imported: waiting threads sleep, or two test processes on two cores take ten times as long. Whatever the
+# caller's environment says, no test asks a hub.
+os.environ |= {
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -19,8 +20,7 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "MPLBACKEND": "Agg",
-}.items():
-    os.environ.setdefault(name, value)
+}
 
 ROOT = Path(__file__).resolve().parents[1]
 
