@@ -34,7 +34,7 @@ reproduce: $(STAMP) ## Run the whole study at laptop scale (SCALE=workstation fo
 
 test: checks ## Check format, types and workflow, then run all tests.
 	@echo "== tests, a process for each core (those that need a GPU or a local data folder say so and are skipped)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=10
 	@echo "== all tests passed; measured numbers come from 'make reproduce'"
 
 checks: $(STAMP) ## Check format, types and workflow only.

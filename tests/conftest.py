@@ -26,6 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with a slow test begin first, so that no process has one left when the others are done.
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     of_gpu = [item for item in items if "gpu" in item.keywords]
     if of_gpu:
         import torch

@@ -46,7 +46,7 @@ def test_fake_step_peaks_like_the_real_one(fields, checkpointing, loss):
     assert peaks[1].phase == peaks[0].phase
 
 
-SHAPE = {"model": "llama3-8b", "num_layers": 4}
+SHAPE = {"model": "llama3-8b", "num_layers": 3}
 
 
 @pytest.mark.parametrize(
