@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported: waiting threads sleep, or two test processes on two cores take ten times as long. Whatever the
-# caller's environment says, no test asks a hub.
+# Before torch is imported: waiting threads sleep, or two test processes on two cores take ten times as long.
+# Whatever the caller's environment says, no test asks a hub.
 os.environ |= {
     "OMP_WAIT_POLICY": "passive",
     "GOMP_SPINCOUNT": "0",
