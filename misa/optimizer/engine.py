@@ -231,6 +231,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        self._gathered = None
         state.unpack(self, state_dict)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
