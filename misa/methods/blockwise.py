@@ -15,6 +15,8 @@ from misa.methods.base import Hyperparameters, Method
 ENGINE_OPTIONS: dict[str, Any] = {
     "granularity": None,
     "order": None,
+    "include": None,
+    "exclude": (),
     "always_on": (),
     "state_policy": None,
     "state_format": "master",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 FACTORS = {
     "method": "variant",
     "granularity": "blocks",
+    "include": "matrices",
     "eta": "eta",
     "budget": "delta",
     "interval": "T",

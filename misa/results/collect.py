@@ -32,7 +32,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "staleness": ("snapshot", "step", "source", "age", "quantity", "value"),
     "rate": ("problem", "momentum_step", "interval", "seed", "num_updates", "lr", "mean_sq_norm"),
     "settings": (
-        *("run", "kind", "method", "seed", "data", "learning_rate"),
+        *("run", "kind", "method", "seed", "data", "learning_rate", "include"),
         *("granularity", "budget", "num_blocks", "interval", "eta", "state_policy", "per_parameter", "probe_every"),
         *("num_steps", "eval_loss", "train_s"),
     ),
@@ -198,7 +198,8 @@ def _settings_row(result: Result) -> dict[str, Any]:
     told = {**result.config.get("method_settings", {}), "learning_rate": result.config.get("learning_rate")}
     ended = {**result.metrics, **result.timings}
     known = {name: getattr(result, name) for name in ("run", "kind", "method", "seed", "data")}
-    return {name: known.get(name, ended.get(name, told.get(name))) for name in TABLES["settings"]}
+    row = {name: known.get(name, ended.get(name, told.get(name))) for name in TABLES["settings"]}
+    return {name: ", ".join(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
 def _curve_rows(item: Found) -> list[Mapping[str, Any]]:

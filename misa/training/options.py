@@ -75,6 +75,8 @@ class MethodOptions:
     interval: int | None = _option(None, "steps before the next blocks are drawn, the paper's T")
     eta: str | None = _option(None, "sharpness of the importance sampling: a number, 0 for uniform, or auto")
     granularity: Literal["matrix", "half", "layer"] | None = _option(None, "how the model is split into blocks")
+    include: str | None = _option(None, "what is split into blocks: comma list of patterns of names, as *.self_attn.*")
+    exclude: str | None = _option(None, "what is in no block and stays as it is: comma list of patterns")
     always_on: str | None = _option(None, "trained at all times on top: comma list of embeddings, head, norms; or none")
     variant: str | None = _option(None, "reading of MISA: default, paper or official")
     num_blocks: int | None = _option(None, "blocks that are trained at a time, instead of a budget")
@@ -116,9 +118,10 @@ class MethodOptions:
                 options["eta"] = float(options["eta"])
             except ValueError:
                 raise ValueError(f"eta is {options['eta']!r}, allowed is a number from 0 up, or auto") from None
-        if "always_on" in options:
-            names = () if options["always_on"] == "none" else options["always_on"].split(",")
-            options["always_on"] = tuple(name.strip() for name in names if name.strip())
+        for name in ("include", "exclude", "always_on"):
+            if name in options:
+                words = () if options[name] == "none" else options[name].split(",")
+                options[name] = tuple(word.strip() for word in words if word.strip())
         return options
 
 

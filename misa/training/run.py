@@ -242,6 +242,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         optimizer_cls_and_kwargs=built.optimizer_cls_and_kwargs,
         callbacks=[meter, Schedule(evaluate_at_end=parts.eval_dataset is not None)],
     )
+    trainer.create_optimizer()  # here, where what is wrong with its settings is the user's
     trainer.stop_on_nan = job.run.stop_on_nan
     if (watch := MemoryWatch.of(job, built.model, plan, meter)) is not None:
         trainer.watch = watch
