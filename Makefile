@@ -68,7 +68,7 @@ freeze: $(STAMP) ## Copy the tables of the last study into paper_figures/data.
 bench: $(STAMP) ## Time one training step of every method, in one run.
 	@$(BIN)/python -m benchmarks
 
-# Twenty thousand files, of which few are ever imported: Python compiles these when it first reads them.
+# Of all files few are ever imported; Python compiles these when it first reads them.
 # The stamp is newer than both files once everything they ask for is installed.
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python of 3.11 or newer found; name one: make PYTHON=/path/to/python3.11"; exit 2; }

@@ -14,8 +14,6 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from misa.optimizer import state as packing
-
 if TYPE_CHECKING:
     from misa.distributed.workers import Workers
     from misa.optimizer.engine import BlockCoordinateOptimizer
@@ -31,7 +29,7 @@ def save(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
         model: The model.
         optimizer: Its optimizer.
     """
-    dcp.save({MODEL: model.state_dict(), OPTIMIZER: packing.pack(optimizer)}, checkpoint_id=str(folder))
+    dcp.save({MODEL: model.state_dict(), OPTIMIZER: optimizer.state_dict(in_parts=True)}, checkpoint_id=str(folder))
 
 
 def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimizer) -> None:

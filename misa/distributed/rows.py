@@ -56,7 +56,7 @@ class Rows:
         """Give every process the rows that the others have updated."""
         for bucket in _buckets([p.detach() for p in params if p.ndim]):
             # Equal lengths, as the collective asks for: the last processes may have fewer rows, or none.
-            lengths = [-(-p.shape[0] // self._size) * p[0].numel() for p in bucket]
+            lengths = [self._num_rows(p) * p[0].numel() for p in bucket]
             own = bucket[0].new_zeros(sum(lengths))
             for p, room in zip(bucket, own.split(lengths), strict=True):
                 part = self.local_part(p).reshape(-1)
@@ -73,10 +73,10 @@ class Rows:
             return {key: self.whole(value) for key, value in packed.items()}
         if not is_sharded(packed):
             return packed
-        local, rows = packed.to_local(), packed.shape[0]
-        own = local.new_zeros(-(-rows // self._size), *packed.shape[1:])
+        local = packed.to_local()
+        own = local.new_zeros(self._num_rows(packed), *packed.shape[1:])
         own[: local.shape[0]].copy_(local)
-        return self._exchange(own.view(-1)).view(-1, *packed.shape[1:])[:rows].cpu()
+        return self._exchange(own.view(-1)).view(-1, *packed.shape[1:])[: packed.shape[0]].cpu()
 
     def _exchange(self, own: Tensor) -> Tensor:
         """A flat tensor of each process, `[processes, length]`; as bytes, since not every type can travel."""
@@ -84,12 +84,16 @@ class Rows:
         dist.all_gather(list(found.view(torch.uint8)), own.view(torch.uint8))
         return found
 
+    def _num_rows(self, whole: Tensor) -> int:
+        """Rows of a process; the last ones may have fewer."""
+        return -(-whole.shape[0] // self._size)
+
     def _part(self, whole: Tensor, rank: int) -> Tensor:
         whole = whole.detach()
         if not whole.ndim:
             return whole
-        length = -(-whole.shape[0] // self._size)
-        return whole[rank * length : (rank + 1) * length]
+        num = self._num_rows(whole)
+        return whole[rank * num : (rank + 1) * num]
 
 
 def _buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:

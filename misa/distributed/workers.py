@@ -142,8 +142,8 @@ class Workers:
             self._rows.gather(params)
 
     def gather_state(self, packed: dict[str, Any]) -> dict[str, Any] | None:
-        """A state dictionary with the parts of all processes, on process 0; None on the others."""
-        found: dict[str, Any] = packed if self._rows is None else self._rows.whole(packed)
+        """A state dictionary with the parts of all processes, on process 0; None on the others, or if none shares."""
+        found: dict[str, Any] | None = None if self._rows is None else self._rows.whole(packed)
         return found if self.rank == 0 else None
 
     # ---- rounds ----------------------------------------------------------------------------------------------------

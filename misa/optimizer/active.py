@@ -172,9 +172,10 @@ class ActiveSet:
                     group[name].fill_(value)
                 else:
                     group[name] = value
+        part = self._workers.local_part
         for e in entries:
             e.follow_outside_edits()
-            e.take_gradient(self._workers.local_part)
+            e.take_gradient(part)
         # A plain torch optimizer cannot skip on the device: read the flag.
         if good is False or not (hasattr(inner, "update") or bool(good)):
             return
@@ -192,7 +193,7 @@ class ActiveSet:
                     torch._foreach_mul_([g for e in entries if (g := e.target.grad) is not None], 1 / scale)
                 inner.step()
             self._narrow(entries)
-        self._workers.gather_weights([e.param for e in entries])
+        self._workers.gather_weights(e.param for e in entries)
         for e in entries:
             e.version = e.local._version
             if e.local is not e.param:

@@ -201,12 +201,16 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             elif e.param.grad is not None:
                 e.param.grad.detach_().zero_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit for bit: tensors, numbers, strings, keyed by parameter name."""
+    def state_dict(self, *, in_parts: bool = False) -> dict[str, Any]:
+        """Everything needed to continue bit for bit: tensors, numbers, strings, keyed by parameter name.
+
+        With `in_parts`, what `shard_state` shares out comes as DTensors of the parts, for
+        `torch.distributed.checkpoint`; what FSDP2 shards always does.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        result = state.pack(self) if self._gathered is None else self._gathered
-        if self._workers.shares_state and self._gathered is None and result["state"]:
+        result = state.pack(self) if in_parts or self._gathered is None else self._gathered
+        if self._workers.shares_state and not in_parts and self._gathered is None and result["state"]:
             raise RuntimeError(
                 "shard_state=True: each process holds a part of the state. Call consolidate_state_dict() on all "
                 "processes after the step, then state_dict() on process 0, or save with misa.distributed.checkpoint"

@@ -120,8 +120,9 @@ class MethodOptions:
                 raise ValueError(f"eta is {options['eta']!r}, allowed is a number from 0 up, or auto") from None
         for name in ("include", "exclude", "always_on"):
             if name in options:
-                words = () if options[name] == "none" else options[name].split(",")
-                options[name] = tuple(word.strip() for word in words if word.strip())
+                options[name] = tuple(word for part in options[name].split(",") if (word := part.strip()))
+        if options.get("always_on") == ("none",):
+            options["always_on"] = ()
         return options
 
 

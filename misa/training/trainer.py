@@ -19,6 +19,7 @@ from misa.data.sampling import SeededSampler
 from misa.files import write_text
 from misa.training.checkpoints import STAGING_FOLDER, seal
 from misa.training.errors import DivergedError
+from misa.training.meter import unwrapped
 
 # Where a streamed data set stood.
 STREAM_FILE = "stream.json"
@@ -122,7 +123,7 @@ class Trainer(transformers.Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         # Here all processes are; the optimizer is asked for its state on the first alone.
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = unwrapped(self.optimizer)
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict()
         self.accelerator.wait_for_everyone()

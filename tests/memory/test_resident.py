@@ -34,7 +34,7 @@ for name, is_lean in forms:
     if is_lean:
         enable_checkpointing(built.model)
     built.model.train()
-    optimizer, batch = make_optimizer(built), random_batch(16000, 6, 128)
+    optimizer, batch = make_optimizer(built), random_batch(16000, 8, 128)
     training_step(built.model, optimizer, batch)
     gc.collect()
     before = status("VmRSS")

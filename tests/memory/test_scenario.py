@@ -46,7 +46,7 @@ def test_fake_step_peaks_like_the_real_one(fields, checkpointing, loss):
     assert peaks[1].phase == peaks[0].phase
 
 
-SHAPE = {"model": "llama3-8b", "num_layers": 3}
+SHAPE = {"model": "llama3-8b", "num_layers": 4}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ SHAPE = {"model": "llama3-8b", "num_layers": 3}
         {"method": "badam"},
         {"method": "lisa"},
         {"method": "misa", "options": {"budget": 0.02}},
-        {"method": "misa", "options": {"budget": 0.1}, "state_format": "bf16"},
+        {"method": "misa", "options": {"budget": 0.25}, "state_format": "bf16"},
         {"method": "misa", "options": {"budget": 0.05}, "state_format": "8bit", "step_in_backward": True},
         {"method": "lora", "options": {"lora_r": 8}},
         {"method": "lora", "options": {"lora_r": 32, "lora_dropout": 0.05}},
@@ -69,14 +69,14 @@ SHAPE = {"model": "llama3-8b", "num_layers": 3}
 def test_closed_form_is_within_three_per_cent_of_the_tracker(fields):
     laboratory = Laboratory(Scenario(**SHAPE, **fields))
     for checkpointing in (0, 2, ALL_LAYERS):
-        # A chunked loss holds the same whatever the batch, so one size will do.
-        for loss, batch_size, seq_len in (("full", 1, 512), ("full", 2, 2048), ("chunked", 2, 2048)):
-            sizes = {"batch_size": batch_size, "seq_len": seq_len}
-            setting = {**sizes, "checkpointing": checkpointing, "loss": loss}
-            measured = laboratory.measure(**setting).peak.total_bytes
-            form = ClosedForm(laboratory.config, replace(laboratory.scenario, **setting))
-            estimate = form.estimate(trained_parameters(laboratory.model)).peak_bytes
-            assert estimate == pytest.approx(measured, rel=0.03), setting
+        for loss in ("full", "chunked"):
+            for batch_size, seq_len in ((1, 512), (2, 2048)):
+                sizes = {"batch_size": batch_size, "seq_len": seq_len}
+                setting = {**sizes, "checkpointing": checkpointing, "loss": loss}
+                measured = laboratory.measure(**setting).peak.total_bytes
+                form = ClosedForm(laboratory.config, replace(laboratory.scenario, **setting))
+                estimate = form.estimate(trained_parameters(laboratory.model)).peak_bytes
+                assert estimate == pytest.approx(measured, rel=0.03), setting
 
 
 def test_closed_form_knows_the_size_of_every_model():
