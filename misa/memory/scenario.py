@@ -270,8 +270,8 @@ class Laboratory:
             batch = random_batch(self.config.vocab_size, s.batch_size, s.seq_len)
             if s.accumulates:
                 self._make_gradients()
-            gc.collect()
-            # What there is now stays, so that the collector need not look at it again and again.
+            # What there is now stays, so that the collector need not look at it again and again, and begins every
+            # step with nothing to collect.
             gc.freeze()
             try:
                 return measure_step(self.model, self.optimizer, batch, self._rounding)

@@ -99,6 +99,17 @@ class _Snapshot:
         return Moment(sum(by_category.values()), by_category, self.operation, self.phase)
 
 
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    """The tensors in arguments or results of an operation, which nest in lists, tuples and dictionaries alone."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, (tuple, list)):
+        for item in content:
+            yield from _tensors(item)
+    elif isinstance(content, dict):
+        yield from _tensors(list(content.values()))
+
+
 class MemoryTracker(TorchDispatchMode):
     """Live bytes by category, and the peak with its breakdown, operation and phase.
 
@@ -248,13 +259,12 @@ class MemoryTracker(TorchDispatchMode):
             # Autograd runs with gradients off; only the recomputation of a checkpointed forward pass turns them on.
             self._recompute(torch.is_grad_enabled())
         if self._phase == "step":
-            self._follow_step(tree_leaves((args, kwargs)))
+            self._follow_step(_tensors((args, kwargs)))
         result = func(*args, **(kwargs or {}))
         self._operation = str(func)
         category = LOGITS if self._in_logits and not self._recomputing else TEMPORARY
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor, category)
+        for tensor in _tensors(result):
+            self._count(tensor, category)
         self._mark_peak()
         return result
 
@@ -292,18 +302,18 @@ class MemoryTracker(TorchDispatchMode):
                 self._resize(storage, untyped)
         self._mark_peak()
 
-    def _follow_step(self, arguments: Iterable[Any]) -> None:
+    def _follow_step(self, arguments: Iterable[torch.Tensor]) -> None:
         """Learn from the arguments of an operation in the step what no operation tells of.
 
         Widened gradients of master copies live for a moment inside the step, while the master is updated. They cannot
         be looked for when a storage dies, since a `.grad` that is being replaced must not be read then. And a workspace
         may have got its memory back just now.
         """
-        for leaf in arguments:
-            if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
-                if id(leaf) in self._masters:
-                    self._claim_gradient(leaf)
-                untyped = leaf.untyped_storage()
+        for tensor in arguments:
+            if tensor.layout is torch.strided:
+                if id(tensor) in self._masters:
+                    self._claim_gradient(tensor)
+                untyped = tensor.untyped_storage()
                 known = self._live.get(untyped._cdata)
                 if known is not None:
                     self._resize(known, untyped)

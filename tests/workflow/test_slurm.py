@@ -57,6 +57,7 @@ def test_submitted_job_asks_the_cluster_for_gpus_memory_and_time(
     for name in ("train.jsonl", "validation.jsonl", "digest.json"):
         (corpus / name).touch()
     account = ("--default-resources", "slurm_account=us", "slurm_partition=fast", "mem_mb=8000", "runtime=60")
+    account += ("--slurm-init-seconds-before-status-checks", "1")  # instead of 40
     words = ("--configfile", tiny, "--workflow-profile", profile, "--retries", "0", *account, "--config", "gpus=2")
     target = "results/tiny/runs/pretrain-misa/result.json"
     done = snakemake(target, *words, folder=tmp_path)

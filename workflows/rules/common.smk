@@ -12,6 +12,10 @@ import yaml
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import validate
 
+# jsonschema would build a grammar of internationalized addresses, which takes longer than all else that snakemake does
+# before the first job; no schema here has one.
+sys.modules.setdefault("rfc3987_syntax", None)
+
 # A configuration file given with --configfile stands for itself; otherwise the scale names one.
 if "sheet" not in config:
     scale_file = Path(
