@@ -34,22 +34,25 @@ def _run(options: argparse.Namespace) -> int:
 
         _print(run(options.results, options.output_dir))
     elif options.verb == "tables":
+        from misa.results.pages import write_paired_table
         from misa.results.published import write_published_table
         from misa.results.tables import write_score_tables
 
         _print(write_score_tables(options.tables, options.output_dir))
+        _print(write_paired_table(options.tables, options.output_dir))
         _print(write_published_table(options.tables, options.output_dir))
     elif options.verb == "pages":
         from misa.results.pages import write_pages
 
         _print(write_pages(options.tables, options.output_dir))
     elif options.verb in ("ablation", "learning_rates"):
-        from misa.results.pages import write_study_table
+        from misa.results.pages import read_settings, write_study_table
         from misa.results.tuning import apply_rates
 
-        _print(write_study_table(options.verb, options.table, options.output_dir, options.page_dir))
+        settings = read_settings(options.table)
+        _print(write_study_table(options.verb, settings, options.output_dir, options.page_dir))
         for sheet in options.sheets if options.verb == "learning_rates" else ():
-            print(f"{sheet}: {', '.join(apply_rates(sheet, options.table)) or 'no row changed'}")
+            print(f"{sheet}: {', '.join(apply_rates(sheet, settings)) or 'no row changed'}")
     elif options.verb == "benchmarks":
         from misa.results.benchmarks import write_benchmark_table
 
@@ -80,15 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     collect = verbs.add_parser("collect", help="result files -> tidy tables (CSV) and MANIFEST.json")
     collect.add_argument("results", nargs="+", help="result.json files, or folders at or below which they lie")
     collect.add_argument("--output_dir", "--output-dir", required=True, help="folder of the tables")
-    tables = verbs.add_parser("tables", help="tidy tables -> score tables and published numbers, in Markdown and LaTeX")
-    tables.add_argument("--tables", required=True, help="folder with scores.csv and runs.csv")
+    tables = verbs.add_parser(
+        "tables", help="tidy tables -> scores, paired differences and published numbers, in Markdown and LaTeX"
+    )
+    tables.add_argument("--tables", required=True, help="folder with scores.csv, runs.csv and settings.csv")
     tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
     ablation = verbs.add_parser("ablation", help="settings.csv of an ablation -> table of paired differences")
     rates = verbs.add_parser(
         "learning_rates", help="settings.csv of a grid of learning rates -> table of the chosen ones"
     )
     for one in (ablation, rates):
-        one.add_argument("--table", required=True, help="the file settings.csv")
+        one.add_argument(
+            "--table",
+            nargs="+",
+            required=True,
+            help="the file settings.csv, or several: rows of the first's kind count",
+        )
         one.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
         one.add_argument("--page_dir", "--page-dir", help="folder for a page of the report (default: none is written)")
     rates.add_argument("--sheets", nargs="*", default=[], help="run sheets whose rows get the chosen learning rates")

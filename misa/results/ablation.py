@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from misa.results.paired import p_text, p_value, standard_error
 from misa.results.tables import Cell, require_one_kind
 
 if TYPE_CHECKING:
@@ -63,8 +64,8 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
                 "num_seeds": len(loss),
                 "loss": float(loss.mean()),
                 "difference": float(paired.mean()),
-                "stderr": float(paired.std(ddof=1) / math.sqrt(len(paired))) if len(paired) > 1 else math.nan,
-                "p_value": _p_value(paired.tolist()) if key != common else math.nan,
+                "stderr": standard_error(paired),
+                "p_value": p_value(paired.tolist()) if key != common else math.nan,
                 "train_s": float(own["train_s"].mean()),
                 "differences": paired.tolist(),
             }
@@ -79,9 +80,17 @@ def ablation_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | C
     rows: list[list[str | Cell]] = []
     for row in compare_settings(settings).to_dict("records"):
         is_common = row["factor"] == ""
-        p = "" if math.isnan(row["p_value"]) else f"{row['p_value']:.2g}"
         difference: str | Cell = "" if is_common else Cell(row["difference"], row["stderr"])
-        rows.append([row["label"], str(row["num_seeds"]), Cell(row["loss"]), difference, p, Cell(row["train_s"])])
+        rows.append(
+            [
+                row["label"],
+                str(row["num_seeds"]),
+                Cell(row["loss"]),
+                difference,
+                p_text(row["p_value"]),
+                Cell(row["train_s"]),
+            ]
+        )
     head = ["setting", "runs", "eval loss (nats/token)", "difference, paired by seed", "p", "training (s)"]
     return head, rows
 
@@ -104,14 +113,6 @@ def _label(name: str, value: str) -> str:
 
 def _num_different(one: tuple[str, ...], other: tuple[str, ...]) -> int:
     return sum(a != b for a, b in zip(one, other, strict=True))
-
-
-def _p_value(differences: list[float]) -> float:
-    from scipy import stats
-
-    if len(differences) < 2 or len(set(differences)) < 2:
-        return math.nan
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def _place(order: list[str], factor: str) -> tuple[int, int]:

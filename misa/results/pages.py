@@ -6,17 +6,21 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from misa.files import write_text
 from misa.results.ablation import ablation_table
 from misa.results.collect import MANIFEST_FILE
+from misa.results.paired import paired_table
 from misa.results.published import published_table
 from misa.results.tables import SCORE_TABLES, Cell, cell_text, score_table, write_table
 from misa.results.tuning import tuning_table
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 #: The pages, each `NAME.html`.
-PAGES = (*SCORE_TABLES, "published", "runs")
+PAGES = (*SCORE_TABLES, "paired", "published", "runs")
 #: Study of one question -> what makes its table of `settings.csv`.
 STUDIES = {"ablation": ablation_table, "learning_rates": tuning_table}
 RUNS_HEAD = ("run", "kind", "made", "commit", "package", "data", "torch", "machine")
@@ -37,14 +41,31 @@ def to_html(title: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]
     return f"<!doctype html>\n<html><head>{head_tags}</head><body>\n<table>\n{body}\n</table>\n</body></html>\n"
 
 
+def read_settings(tables: Sequence[str | Path]) -> pd.DataFrame:
+    """Read tables `settings.csv` as one.
+
+    Args:
+        tables: The files. The first says of which kind of run the rows are; others of the rest are left out.
+
+    Raises:
+        ValueError: If a table is missing.
+    """
+    import pandas as pd
+
+    from misa.figures import read_table
+
+    first, *others = [read_table(table) for table in tables]
+    return pd.concat([first, *(other[other["kind"].isin(first["kind"])] for other in others)], ignore_index=True)
+
+
 def write_study_table(
-    name: str, table: str | Path, output_dir: str | Path, page_dir: str | Path | None = None
+    name: str, settings: pd.DataFrame, output_dir: str | Path, page_dir: str | Path | None = None
 ) -> list[Path]:
     """Write the table of a study of one question, for the report as a page, too.
 
     Args:
         name: A key of `STUDIES`.
-        table: The file `settings.csv`.
+        settings: Tidy table `settings.csv`.
         output_dir: Folder of `NAME.md` and `NAME.tex`.
         page_dir: Folder of `NAME.html`; None writes none.
 
@@ -52,15 +73,21 @@ def write_study_table(
         The paths written.
 
     Raises:
-        ValueError: If the table is missing or unusable.
+        ValueError: If the table is unusable.
     """
-    from misa.figures import read_table
-
-    head, rows = STUDIES[name](read_table(table))
+    head, rows = STUDIES[name](settings)
     paths = write_table(name, head, rows, output_dir)
     if page_dir is not None:
         paths.append(write_text(Path(page_dir) / f"{name}.html", to_html(name, head, rows)))
     return paths
+
+
+def write_paired_table(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
+    """Write `paired.md` and `paired.tex` of a folder of tidy tables, and return their paths."""
+    from misa.figures import read_table
+
+    head, rows = paired_table(read_table(Path(tables_dir) / "settings.csv"))
+    return write_table("paired", head, rows, output_dir, empty="No runs to compare with MISA yet.\n")
 
 
 def runs_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]:
@@ -102,9 +129,10 @@ def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
     """
     from misa.figures import read_table
 
-    scores, runs = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs"))
+    scores, runs, settings = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs", "settings"))
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]] = {
         **{name: score_table(scores, runs, kind) for name, kind in SCORE_TABLES.items()},
+        "paired": paired_table(settings),
         "published": published_table(tables_dir),
         "runs": runs_table(tables_dir),
     }

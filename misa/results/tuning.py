@@ -69,22 +69,19 @@ def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
     return head, rows
 
 
-def apply_rates(sheet: str | Path, table: str | Path) -> list[str]:
+def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
     """Write the chosen learning rates into the rows of a run sheet that are of the same kind and a known method.
 
     Args:
         sheet: A TSV file with the columns run, kind and args; changed in place.
-        table: The file `settings.csv`.
+        settings: See `mean_losses`.
 
     Returns:
         Names of the runs whose row was changed.
 
     Raises:
-        ValueError: If a file is missing or unusable.
+        ValueError: If the sheet is missing or unusable.
     """
-    from misa.figures import read_table
-
-    settings = read_table(table)
     chosen, kind = chosen_rates(settings), settings["kind"].iloc[0]
     path = Path(sheet)
     if not path.is_file():

@@ -36,12 +36,16 @@ def forms():
     yield pytest.param({"method": "misa", "lean_activations": True, "accumulates": True}, id="misa-lean")
 
 
-@pytest.mark.parametrize("fields", forms())
+@pytest.fixture(scope="module", params=forms())
+def laboratories(request):
+    """The same training step on real tensors and on fake ones."""
+    scenario = Scenario(**SMALL, **request.param, options=options_of(request.param["method"]))
+    return [Laboratory(scenario, real, rounding_bytes=1) for real in (True, False)]
+
+
 @pytest.mark.parametrize(("checkpointing", "loss"), [(0, "full"), (ALL_LAYERS, "full"), (2, "chunked")])
-def test_fake_step_peaks_like_the_real_one(fields, checkpointing, loss):
-    setting = {"checkpointing": checkpointing, "loss": loss}
-    scenario = Scenario(**SMALL, **fields, options=options_of(fields["method"]))
-    peaks = [Laboratory(scenario, real, rounding_bytes=1).measure(**setting).peak for real in (True, False)]
+def test_fake_step_peaks_like_the_real_one(laboratories, checkpointing, loss):
+    peaks = [laboratory.measure(checkpointing=checkpointing, loss=loss).peak for laboratory in laboratories]
     assert peaks[1].total_bytes == pytest.approx(peaks[0].total_bytes, rel=0.001)
     assert peaks[1].phase == peaks[0].phase
 

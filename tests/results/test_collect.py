@@ -203,6 +203,7 @@ def test_score_tables_in_markdown_and_latex(results, tmp_path):
     assert r"MISA & 2 & $\mathbf{71.0} \pm 2.0$ & $105$ & $2.00$ \\" in latex
     assert r"family: exact match (\%)" in latex
     assert (tmp_path / "out" / "pretraining.md").read_text() == "No scores of kind pretrain yet.\n"
+    assert "| d | LoRA | 2 | 1.50 | 0 |  |" in (tmp_path / "out" / "paired.md").read_text()
 
 
 def test_perplexities_are_better_when_lower_and_not_percent():

@@ -7,6 +7,7 @@ import pytest
 
 from misa.results.__main__ import main
 from misa.results.ablation import compare_settings
+from misa.results.paired import paired_table
 from misa.results.tuning import chosen_rates
 
 INF = float("inf")
@@ -54,6 +55,17 @@ def test_table_shows_the_grid_and_what_was_chosen(table: Path, tmp_path: Path) -
         "| MISA | 6.00 | 5.50 | **5.20** | 0.004 | yes |\n"
     )
     assert r"\mathbf{4.50}" in (tmp_path / "learning_rates.tex").read_text()
+
+
+def test_runs_of_another_study_fill_the_grid(table: Path, tmp_path: Path) -> None:
+    row = {"run": "m", "kind": "pretrain", "method": "misa", "seed": 0, "learning_rate": 8e-3, "eval_loss": 5.0}
+    more = pd.DataFrame([row, {**row, "kind": "finetune", "learning_rate": 1.0}])
+    more.to_csv(tmp_path / "more.csv", index=False)
+    words = ["--table", str(table), str(tmp_path / "more.csv"), "--output_dir", str(tmp_path)]
+    assert main(["learning_rates", *words]) == 0
+    text = (tmp_path / "learning_rates.md").read_text()
+    assert "| MISA | 6.00 | 5.50 | 5.20 | **5.00** | 0.008 | yes |" in text
+    assert "loss at 1 |" not in text
 
 
 def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,3 +126,36 @@ def test_one_seed_has_differences_without_errors(tmp_path: Path) -> None:
         "| eta = 0 | 1 | 6.11 | 0.110 |  | 11.0 |",
         "| T = 50 | 1 | 6.22 | 0.220 |  | 12.0 |",
     ]
+
+
+def test_methods_are_compared_with_misa_by_seed_on_each_data_set() -> None:
+    losses = {
+        ("corpus", "adamw"): (2.0, 3.1, 4.2),
+        ("corpus", "misa"): (1.0, 2.0, 3.0),
+        ("quiz", "misa"): (1.0,),
+        ("quiz", "lora"): (1.5,),
+        ("poems", "adamw"): (9.0,),
+    }
+    table = pd.DataFrame(
+        [
+            {"run": "", "kind": "finetune", "data": data, "method": method, "seed": seed, "eval_loss": loss}
+            for (data, method), values in losses.items()
+            for seed, loss in enumerate(values)
+        ]
+    )
+    _, rows = paired_table(table)
+    assert [row[:3] for row in rows] == [
+        ["corpus", "AdamW", "3"],
+        ["corpus", "MISA", "3"],
+        ["quiz", "LoRA", "1"],
+        ["quiz", "MISA", "1"],
+    ]
+    difference = rows[0][4]
+    assert difference.value == pytest.approx(1.1)
+    assert difference.stderr == pytest.approx(0.1 / 3**0.5)  # of 1.0, 1.1 and 1.2; the losses themselves spread by 1
+    assert float(rows[0][5]) == pytest.approx(0.0027, rel=0.02)
+    assert rows[1][4:] == ["", ""]
+    assert rows[2][4].value == pytest.approx(0.5)
+    assert rows[2][5] == ""  # one seed tests nothing
+    again = pd.concat([table, table[table["data"] == "corpus"]])
+    assert [row[0] for row in paired_table(again)[1]] == ["quiz", "quiz"]

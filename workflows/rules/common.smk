@@ -162,13 +162,13 @@ def table_of(figure):
     return f"{folder}/{table}.csv"
 
 
-def study_table_of(name):
-    """Path of the table of settings that a study's own table is made from."""
-    return (
-        f"{TABLES}/{STUDY_TABLES[name]}/settings.csv"
-        if CACHED
-        else f"{TABLES}/settings.csv"
-    )
+def study_tables_of(name):
+    """Paths of the tables of settings that a study's own table is made from."""
+    if not CACHED:
+        return [f"{TABLES}/settings.csv"]
+    own = [f"{TABLES}/{STUDY_TABLES[name]}/settings.csv"]
+    # Runs of the headline comparison are part of the grid of learning rates.
+    return own + [f"{TABLES}/settings.csv"] * (name == "learning_rates")
 
 
 def is_drawn(figure):
@@ -184,7 +184,7 @@ DRAWN = [figure for figure in FIGURE_TABLES if is_drawn(figure)]
 WRITTEN = [
     name
     for name, study in STUDY_TABLES.items()
-    if (Path(study_table_of(name)).is_file() if CACHED else study == STUDY)
+    if (Path(study_tables_of(name)[0]).is_file() if CACHED else study == STUDY)
 ]
 
 

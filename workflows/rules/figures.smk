@@ -30,11 +30,15 @@ rule score_tables:
     input:
         scores=f"{TABLES}/scores.csv",
         runs=f"{TABLES}/runs.csv",
+        settings=f"{TABLES}/settings.csv",
     output:
         scores=f"{SCORES}/scores.md",
-        others=expand(f"{SCORES}/{{table}}.md", table=["pretraining", "published"]),
+        others=expand(
+            f"{SCORES}/{{table}}.md", table=["pretraining", "paired", "published"]
+        ),
         latex=expand(
-            f"{SCORES}/{{table}}.tex", table=["scores", "pretraining", "published"]
+            f"{SCORES}/{{table}}.tex",
+            table=["scores", "pretraining", "paired", "published"],
         ),
     log:
         f"{LOGS}/score_tables.log",
@@ -44,14 +48,14 @@ rule score_tables:
         tables=subpath(input.scores, parent=True),
         folder=subpath(output.scores, parent=True),
     message:
-        "score tables and published numbers in Markdown and LaTeX"
+        "scores, paired differences and published numbers in Markdown and LaTeX"
     shell:
         "python -m misa.results tables --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
 
 
 rule study_table:
     input:
-        table=lambda wildcards: study_table_of(wildcards.table),
+        tables=lambda wildcards: study_tables_of(wildcards.table),
     output:
         markdown=f"{SCORES}/{{table}}.md",
         latex=f"{SCORES}/{{table}}.tex",
@@ -71,9 +75,9 @@ rule study_table:
         folder=subpath(output.markdown, parent=True),
         pages=subpath(output.page, parent=True),
     message:
-        "table {wildcards.table} from {input.table}"
+        "table {wildcards.table} from {input.tables}"
     shell:
-        "python -m misa.results {wildcards.table} --table {input.table} --output_dir {params.folder}"
+        "python -m misa.results {wildcards.table} --table {input.tables} --output_dir {params.folder}"
         " --page_dir {params.pages} > {log} 2>&1"
 
 
@@ -81,6 +85,7 @@ rule report_pages:
     input:
         scores=f"{TABLES}/scores.csv",
         runs=f"{TABLES}/runs.csv",
+        settings=f"{TABLES}/settings.csv",
         manifest=f"{TABLES}/MANIFEST.json",
     output:
         scores=report(
@@ -94,6 +99,12 @@ rule report_pages:
             caption="../report/tables.rst",
             category="Tables",
             labels={"table": "pre-training", "scale": SCALE},
+        ),
+        paired=report(
+            f"{PAGES}/paired.html",
+            caption="../report/paired.rst",
+            category="Tables",
+            labels={"table": "paired differences", "scale": SCALE},
         ),
         published=report(
             f"{PAGES}/published.html",
