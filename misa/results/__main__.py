@@ -34,7 +34,7 @@ def _run(options: argparse.Namespace) -> int:
 
         _print(run(options.results, options.output_dir))
     elif options.verb == "tables":
-        from misa.results.pages import write_paired_table
+        from misa.results.paired import write_paired_table
         from misa.results.published import write_published_table
         from misa.results.tables import write_score_tables
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from misa.results.paired import p_text, p_value, standard_error
+from misa.results.paired import p_text, p_value
 from misa.results.tables import Cell, require_one_kind
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
                 "num_seeds": len(loss),
                 "loss": float(loss.mean()),
                 "difference": float(paired.mean()),
-                "stderr": standard_error(paired),
+                "stderr": float(paired.sem()),
                 "p_value": p_value(paired.tolist()) if key != common else math.nan,
                 "train_s": float(own["train_s"].mean()),
                 "differences": paired.tolist(),

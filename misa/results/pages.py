@@ -82,14 +82,6 @@ def write_study_table(
     return paths
 
 
-def write_paired_table(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
-    """Write `paired.md` and `paired.tex` of a folder of tidy tables, and return their paths."""
-    from misa.figures import read_table
-
-    head, rows = paired_table(read_table(Path(tables_dir) / "settings.csv"))
-    return write_table("paired", head, rows, output_dir, empty="No runs to compare with MISA yet.\n")
-
-
 def runs_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]:
     """Say of every run by which code, on what machine and when it was made.
 

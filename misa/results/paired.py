@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misa.results.tables import Cell
+from misa.results.tables import Cell, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,8 @@ def paired_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
     Returns:
         Column headings, and a row for each data set and method: mean loss with the standard error of the mean over
         seeds (nats a token), the mean difference over the seeds that both have with its standard error, and the p
-        value of a paired t test; neither of the last two for MISA, and no error and no p value for one seed.
+        value of a paired t test; neither of the last two for MISA, and no error and no p value for one seed. Of a
+        method with a run without a finite loss, that it diverged.
     """
     from misa.figures.style import METHODS, in_order, look
 
@@ -32,26 +34,30 @@ def paired_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
     for (_, data), own in settings.groupby(["kind", "data"], sort=False):
         if own.duplicated(["method", "seed"]).any() or _BASE not in set(own["method"]):
             continue
-        losses = own.pivot_table(index="seed", columns="method", values="eval_loss")
-        for method in in_order(METHODS, losses.columns):
-            loss, paired = losses[method].dropna(), (losses[method] - losses[_BASE]).dropna()
-            is_base = method == _BASE
-            rows.append(
-                [
-                    str(data),
-                    look(METHODS, method).label,
-                    str(len(loss)),
-                    Cell(float(loss.mean()), standard_error(loss)),
-                    "" if is_base or paired.empty else Cell(float(paired.mean()), standard_error(paired)),
-                    "" if is_base else p_text(p_value(paired.tolist())),
-                ]
-            )
+        losses = {method: part.set_index("seed")["eval_loss"].astype(float) for method, part in own.groupby("method")}
+        for method in in_order(METHODS, losses):
+            loss = losses[method]
+            about: list[str | Cell] = [str(data), look(METHODS, method).label, str(len(loss))]
+            if not loss.map(math.isfinite).all():
+                rows.append([*about, "diverged", "", ""])
+                continue
+            paired = loss - losses[_BASE]
+            paired = paired[paired.map(math.isfinite)]
+            about.append(Cell(float(loss.mean()), float(loss.sem())))
+            if method == _BASE or paired.empty:
+                rows.append([*about, "", ""])
+            else:
+                difference = Cell(float(paired.mean()), float(paired.sem()))
+                rows.append([*about, difference, p_text(p_value(paired.tolist()))])
     return list(HEAD), rows
 
 
-def standard_error(values: pd.Series) -> float:
-    """Standard error of a mean; not a number for less than two values."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def write_paired_table(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
+    """Write `paired.md` and `paired.tex` of a folder of tidy tables, and return their paths."""
+    from misa.figures import read_table
+
+    head, rows = paired_table(read_table(Path(tables_dir) / "settings.csv"))
+    return write_table("paired", head, rows, output_dir, empty="No runs to compare with MISA yet.\n")
 
 
 def p_value(differences: list[float]) -> float:

@@ -83,7 +83,7 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     parts = [with_series(rows_of_task) for _, rows_of_task in scores.groupby("task", sort=False)]
     for (task, metric, series), group in pd.concat(parts).groupby(keys, sort=False) if parts else ():
         of_documents = group["stderr"].astype(float).mean()
-        of_seeds = group["value"].std(ddof=1) / math.sqrt(len(group)) if len(group) > 1 else math.nan
+        of_seeds = group["value"].sem()  # not a number for one
         known = [error for error in (of_documents, of_seeds) if not math.isnan(error)]
         rows.append(
             {

@@ -110,7 +110,7 @@ def test_wrong_input_ends_with_status_2_and_one_line(words, message, capsys):
 
 
 def test_grid_parts_become_tables(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("misa.memory.grid.SEQ_LENS", (128, 256))
+    monkeypatch.setattr("misa.memory.grid.SEQ_LENS", (128, 256, 512))
     monkeypatch.setattr("misa.memory.grid.LIMIT", "128MiB")
     parts = []
     for name in ("misa-25", "sweep", "levers"):

@@ -134,6 +134,8 @@ def test_methods_are_compared_with_misa_by_seed_on_each_data_set() -> None:
         ("corpus", "misa"): (1.0, 2.0, 3.0),
         ("quiz", "misa"): (1.0,),
         ("quiz", "lora"): (1.5,),
+        ("quiz", "sgd"): (INF,),
+        ("quiz", "dora"): (None,),
         ("poems", "adamw"): (9.0,),
     }
     table = pd.DataFrame(
@@ -147,7 +149,9 @@ def test_methods_are_compared_with_misa_by_seed_on_each_data_set() -> None:
     assert [row[:3] for row in rows] == [
         ["corpus", "AdamW", "3"],
         ["corpus", "MISA", "3"],
+        ["quiz", "SGD", "1"],
         ["quiz", "LoRA", "1"],
+        ["quiz", "DoRA", "1"],
         ["quiz", "MISA", "1"],
     ]
     difference = rows[0][4]
@@ -155,7 +159,10 @@ def test_methods_are_compared_with_misa_by_seed_on_each_data_set() -> None:
     assert difference.stderr == pytest.approx(0.1 / 3**0.5)  # of 1.0, 1.1 and 1.2; the losses themselves spread by 1
     assert float(rows[0][5]) == pytest.approx(0.0027, rel=0.02)
     assert rows[1][4:] == ["", ""]
-    assert rows[2][4].value == pytest.approx(0.5)
-    assert rows[2][5] == ""  # one seed tests nothing
+    assert rows[3][4].value == pytest.approx(0.5)
+    assert rows[3][5] == ""  # one seed tests nothing
+    assert [rows[2][3:], rows[4][3:]] == [["diverged", "", ""]] * 2
+    lost = table.assign(eval_loss=table["eval_loss"].where(table["method"] != "misa"))  # MISA itself diverged
+    assert [row[4:] for row in paired_table(lost)[1]] == [["", ""]] * 6
     again = pd.concat([table, table[table["data"] == "corpus"]])
-    assert [row[0] for row in paired_table(again)[1]] == ["quiz", "quiz"]
+    assert {row[0] for row in paired_table(again)[1]} == {"quiz"}
