@@ -332,18 +332,19 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     def _measured(self) -> tuple[Tensor, Tensor]:
         """The round's mean of what is scored, for every block, and which blocks were measured."""
         rule = self.settings.score
-        values = [math.nan] * len(self.blocks)
+        found: dict[int, float] = {}
         if num_good := int(self._on.norms.num_good):
             num_steps = self.settings.interval if rule.per_interval else num_good
-            for i, total in zip(self._active, self._on.norms.read(), strict=True):
-                values[i] = total / num_steps
+            sums = zip(self._active, self._on.norms.read(), strict=True)
+            found = {i: total / num_steps for i, total in sums}
         for i, square in self._probe.squares(self._on.unscale).items():
-            values[i] = square if rule.squared else square**0.5
+            found[i] = square if rule.squared else square**0.5
+        values, seen = [0.0] * len(self.blocks), [False] * len(self.blocks)
+        for i, value in found.items():
+            if math.isfinite(value):
+                values[i], seen[i] = value, True
         measured = torch.tensor(values, dtype=torch.float64)
-        if rule.per_parameter:
-            measured /= self._numels
-        seen = torch.isfinite(measured)
-        return measured.nan_to_num(0, 0, 0), seen
+        return measured / self._numels if rule.per_parameter else measured, torch.tensor(seen)
 
     def _start_probe_if_due(self) -> None:
         """For the last step of every so many rounds, switch all blocks on; see `Probe`."""

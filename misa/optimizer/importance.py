@@ -76,7 +76,8 @@ def read(scores: Tensor, counts: Tensor, rule: ScoreRule) -> Tensor:
         return value
     correction = 1 - rule.beta**counts  # 0 where nothing was measured, so there the quotient is no number
     value = value / (correction if rule.squared else correction**2)
-    return value.nan_to_num(nan=float(value.nanmean().nan_to_num()))
+    num_measured = int(counts.count_nonzero())
+    return value.nan_to_num(nan=float(value.nansum()) / max(num_measured, 1))
 
 
 def log_probabilities(scores: Tensor, eta: float, clip: float | None = None) -> Tensor:

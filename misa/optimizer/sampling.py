@@ -100,7 +100,7 @@ class BlockSampler:
         weights = log_p if self.order == "importance" else torch.zeros(len(self._numels), dtype=torch.float64)
         # Gumbel top-k: ranking by log p + Gumbel noise is successive weighted drawing without replacement.
         noise = torch.rand(len(self._numels), generator=self._generator, dtype=torch.float64)
-        keys = weights - torch.log(-torch.log(noise.clamp(min=1e-300)))
+        keys = weights - noise.clamp_(min=1e-300).log_().neg_().log_()
         ranking: list[int] = torch.argsort(keys, descending=True).tolist()
         if self.in_first_pass:
             return self._fill([i for i, used in enumerate(self._last_used) if used < 0] + ranking)
