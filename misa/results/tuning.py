@@ -97,10 +97,12 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         method = words[words.index("--method") + 1] if "--method" in words else ""
         if row["kind"] != kind or method not in chosen:
             continue
+        given = re.search(r"--learning_rate (\S+)", row["args"])
+        if given and float(given[1]) == chosen[method]:
+            continue
         others = re.sub(r" ?--learning_rate \S+", "", row["args"])
         cells[columns.index("args")] = others.replace(f"{method} ", f"{method} --learning_rate {chosen[method]:g} ", 1)
-        if "\t".join(cells) != line:
-            lines[number] = "\t".join(cells)
-            changed.append(row["run"])
+        lines[number] = "\t".join(cells)
+        changed.append(row["run"])
     write_text(path, "\n".join([head, *lines]) + "\n")
     return changed

@@ -76,6 +76,7 @@ def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytes
         "b\tpretrain\t--method misa --learning_rate 1e-5 --seed 0\n"
         "c\tpretrain\t--method badam --seed 0\n"
         "d\tfinetune\t--method misa --seed 0\n"
+        "e\tpretrain\t--method adamw --learning_rate 2e-3\n"
     )
     words = ["learning_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
     assert main(words) == 0
@@ -86,6 +87,7 @@ def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytes
         "b\tpretrain\t--method misa --learning_rate 0.004 --seed 0\n"
         "c\tpretrain\t--method badam --seed 0\n"
         "d\tfinetune\t--method misa --seed 0\n"
+        "e\tpretrain\t--method adamw --learning_rate 2e-3\n"
     )
     assert main(words) == 0
     assert "no row changed" in capsys.readouterr().out
