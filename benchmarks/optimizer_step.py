@@ -33,6 +33,8 @@ from misa.results.provenance import describe_machine
 SMALL = [(12, 128), (30, 128), (100, 128)]
 LARGE = [(12, 1024), (30, 512), (100, 384)]
 BUDGET = 0.03
+# Where everything is computed; set by the command line.
+DEVICE = "cpu"
 
 
 class Layer(nn.Module):
@@ -51,7 +53,7 @@ def make_model(num_layers: int, hidden: int) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Module()
     model.layers = nn.ModuleList(Layer(hidden) for _ in range(num_layers))
-    return model.to(torch.bfloat16)
+    return model.to(DEVICE, torch.bfloat16)
 
 
 def give_gradients(params: list[Tensor]) -> Callable[[], None]:
@@ -99,9 +101,17 @@ def make_badam(model: nn.Module, blocks: list[list[str]], interval: int, **kind:
 
 
 def timed(call: Callable[[], object]) -> float:
+    wait()
     start = time.perf_counter()
     call()
+    wait()
     return time.perf_counter() - start
+
+
+def wait() -> None:
+    """Until the device has done all it was told."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def in_turns(contestants: dict[str, Callable[[], float]], num_turns: int) -> dict[str, list[float]]:
@@ -239,7 +249,7 @@ def measure_registered(num_turns: int, num_active: int = 8, hidden: int = 128) -
         model.layers = nn.ModuleList(
             nn.ModuleDict({"proj": nn.Linear(hidden, hidden, bias=False)}) for _ in range(num_blocks)
         )
-        optimizer = MISA(model.to(torch.bfloat16), num_blocks=num_active, interval=10**9)
+        optimizer = MISA(model.to(DEVICE, torch.bfloat16), num_blocks=num_active, interval=10**9)
         give = give_gradients([p for p in model.parameters() if p.requires_grad])
 
         def call() -> float:
@@ -271,10 +281,14 @@ def bars(results: dict) -> list[tuple[str, float, str, bool]]:
 
 def markdown(results: dict) -> str:
     names = list(results["steps"][0]["median_ms"])
+    machine = results["machine"]
+    device = f"{machine['processor']}, {machine['num_threads']} threads"
+    if results["device"] == "cuda":
+        device = f"one {machine['gpu']} beside a {machine['processor']}"
     lines = [
         "# Time of an optimizer step",
         "",
-        f"{results['machine']['processor']}, {results['machine']['num_threads']} threads; torch {results['torch']}; "
+        f"{device}; torch {results['torch']}; "
         f"medians, ratios of neighbouring calls. bf16 weights, fp32 masters for what is active, {BUDGET:.0%} active.",
         "",
         "| model | blocks | active | " + " | ".join(f"{n}, ms" for n in names) + " |",
@@ -298,14 +312,18 @@ def markdown(results: dict) -> str:
 
 
 def main() -> int:
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--turns", type=int, default=100, help="timed calls of every contestant (100)")
     parser.add_argument("--sizes", choices=["small", "large", "both"], default="both", help="sizes of matrices")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "optimizer_step")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=DEVICE, help="where to compute (%(default)s)")
     options = parser.parse_args()
+    DEVICE = options.device
     models = {"small": SMALL, "large": LARGE, "both": SMALL + LARGE}[options.sizes]
     results = {
         "machine": describe_machine().model_dump(),
+        "device": DEVICE,
         "torch": torch.__version__,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "num_turns": options.turns,

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="of every method")
     parser.add_argument("--text", default="numpy,networkx", help="packages whose docstrings are the text")
     parser.add_argument("--seed", type=int, default=0, help="of weights and draws")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     parser.add_argument("--force_bfloat16", action="store_true", help="even where the processor only emulates it")
     parser.add_argument("--output_dir", default="benchmarks/results", help="folder for training.json and training.md")
     return parser
@@ -92,7 +93,8 @@ def _check(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}, allowed is 1 or more")
     options.notes = []
-    if "bfloat16" in options.dtypes and not options.force_bfloat16 and resolve_dtype("auto") != "bfloat16":
+    emulated = options.device == "cpu" and not options.force_bfloat16
+    if "bfloat16" in options.dtypes and emulated and resolve_dtype("auto") != "bfloat16":
         options.dtypes.remove("bfloat16")
         options.notes.append("bfloat16 left out: this processor only emulates it (--force_bfloat16 runs it anyway)")
 
@@ -153,7 +155,7 @@ def measure(source: str, dtype: str, seq_len: int, options: argparse.Namespace) 
     for name in options.methods:
         torch.manual_seed(options.seed)
         chosen = {"interval": options.interval} if "interval" in BUILT[name].defaults else {}
-        built = build(name, model(), lr=options.learning_rate, seed=options.seed, options=chosen)
+        built = build(name, model().to(options.device), lr=options.learning_rate, seed=options.seed, options=chosen)
         rows[name] = {"start_loss": _loss(built.model, held_out)}
         built.model.train()
         trained[name] = (built.model, make_optimizer(built))
@@ -192,15 +194,24 @@ def measure(source: str, dtype: str, seq_len: int, options: argparse.Namespace) 
 
 def _timed_step(model: Any, optimizer: Any, batch: dict[str, Any]) -> list[float]:
     """One training step; the times at its start and after each of `PHASES`."""
-    marks = [time.perf_counter()]
+    marks = [_now(batch)]
     loss = model(**batch).loss
-    marks.append(time.perf_counter())
+    marks.append(_now(batch))
     loss.backward()
-    marks.append(time.perf_counter())
+    marks.append(_now(batch))
     optimizer.step()
     optimizer.zero_grad()
-    marks.append(time.perf_counter())
+    marks.append(_now(batch))
     return marks
+
+
+def _now(batch: dict[str, Any]) -> float:
+    """Seconds on the clock when the batch's device has done all it was told."""
+    import torch
+
+    if batch["input_ids"].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> float:
@@ -258,7 +269,7 @@ def load(
     ids = torch.tensor(tokens[: len(tokens) // size * size]).view(-1, batch_size, seq_len)
     if not len(ids):
         raise ValueError(f"text is {','.join(options.text)!r}, which has {len(tokens)} tokens; a step needs {size}")
-    return model, itertools.cycle({"input_ids": part, "labels": part} for part in ids)
+    return model, itertools.cycle({"input_ids": part, "labels": part} for part in ids.to(options.device))
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -296,8 +307,12 @@ def table(report: dict[str, Any]) -> str:
     """
     machine = report["provenance"]["machine"]
     lines = ["# Training every method side by side", ""]
+    device = f"{machine['num_cores']} cores of {machine['processor']}"
+    if report["settings"]["device"] == "cuda":
+        device = f"one {machine['gpu']} beside {device}"
     lines += [
-        f"`{' '.join(report['provenance']['command'])}` on {machine['num_cores']} cores of {machine['processor']}.",
+        f"`{' '.join(report['provenance']['command'])}` on {device};",
+        f"torch {report['provenance']['versions']['torch']}.",
         *report["notes"],
         "",
     ]

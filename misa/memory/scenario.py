@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +21,7 @@ from misa.integration.lean_activations import LeanActivations
 from misa.memory.command import make_optimizer
 from misa.memory.fake import FakeMode, as_on_accelerator, build_fake_model, wrapping
 from misa.memory.models import configuration, longest_sequence
-from misa.memory.step import StepMemory, checkpoint_layers, measure_step, random_batch
+from misa.memory.step import StepMemory, checkpoint_layers, measure_step, random_batch, training_step
 from misa.methods import METHODS, build
 from misa.models import DTYPES
 
@@ -112,6 +114,21 @@ def has_adapters(method: str) -> bool:
     return "lora_r" in METHODS[method].defaults
 
 
+@dataclass(frozen=True)
+class DeviceStep:
+    """A training step in the steady state on a CUDA device.
+
+    Attributes:
+        peak_bytes: The most bytes that tensors held, `torch.cuda.max_memory_allocated`.
+        reserved_bytes: The most bytes that the allocator had taken from the device.
+        step_s: Median seconds of a step: forward pass, backward pass, update.
+    """
+
+    peak_bytes: int
+    reserved_bytes: int
+    step_s: float
+
+
 class Laboratory:
     """A model of fake tensors with a method applied to it, whose training step can be measured in many settings.
 
@@ -119,10 +136,11 @@ class Laboratory:
 
     Args:
         scenario: What to build. Fields in `CHANGEABLE` can be changed for each measurement.
-        real: Use real tensors on the CPU, for checks with small models.
+        real: Use real tensors, for checks of what is counted with fake ones.
         rounding_bytes: Each storage counts as the next multiple of this. Default: CUDA's.
         config: The model's configuration, where there is one at hand; `scenario.model` is a mere name then.
         on_accelerator: Work in pieces as large as on a GPU; otherwise as on a CPU.
+        device: Where real tensors lie.
 
     Raises:
         ValueError: For an unknown model or an option the method does not have, or a budget no block fits.
@@ -136,8 +154,10 @@ class Laboratory:
         *,
         config: Any = None,
         on_accelerator: bool = True,
+        device: str = "cpu",
     ) -> None:
         self.scenario = scenario
+        self.device = device
         self.config = configuration(scenario.model) if config is None else copy.deepcopy(config)
         self.config.use_cache = False
         self._pieces = as_on_accelerator if on_accelerator else nullcontext
@@ -164,9 +184,10 @@ class Laboratory:
 
             register_attention()
             torch.manual_seed(0)
-            self.base = AutoModelForCausalLM.from_config(
-                self.config, dtype=torch_dtype(s.dtype), attn_implementation=ATTENTION
-            ).train()
+            with torch.device(self.device):
+                self.base = AutoModelForCausalLM.from_config(
+                    self.config, dtype=torch_dtype(s.dtype), attn_implementation=ATTENTION
+                ).train()
         else:
             self.base = build_fake_model(self.config, s.dtype, self._mode)
         options = dict(s.options)
@@ -260,14 +281,10 @@ class Laboratory:
         """
         if unknown := set(changes) - set(CHANGEABLE):
             raise ValueError(f"{', '.join(sorted(unknown))}: cannot be changed without building anew")
-        s = replace(self.scenario, **changes)
-        s.check_length(self.config)
-        self._set_loss(s.loss)
-        self._set_lean(s.lean_activations)
-        checkpoint_layers(self.model, s.checkpointing)
+        s = self._set(changes)
         with self._inside():
             self._prime()
-            batch = random_batch(self.config.vocab_size, s.batch_size, s.seq_len)
+            batch = self._batch(s)
             if s.accumulates:
                 self._make_gradients()
             # What there is now stays, so that the collector need not look at it again and again, and begins every
@@ -277,6 +294,48 @@ class Laboratory:
                 return measure_step(self.model, self.optimizer, batch, self._rounding)
             finally:
                 gc.unfreeze()
+
+    def run_on_device(self, num_steps: int) -> DeviceStep:
+        """Run real training steps on a CUDA device as a user's program would, counting nothing in between.
+
+        Args:
+            num_steps: Timed steps, at least 1; two come before, which make the state.
+
+        Returns:
+            What the device's allocator says, and the time of a step.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: If it does not fit.
+        """
+        s = self._set({})
+        batch = self._batch(s)
+        for _ in range(2):
+            training_step(self.model, self.optimizer, batch)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(num_steps):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            training_step(self.model, self.optimizer, batch)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return DeviceStep(
+            torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), statistics.median(seconds)
+        )
+
+    def _set(self, changes: dict[str, Any]) -> Scenario:
+        s = replace(self.scenario, **changes)
+        s.check_length(self.config)
+        self._set_loss(s.loss)
+        self._set_lean(s.lean_activations)
+        checkpoint_layers(self.model, s.checkpointing)
+        return s
+
+    def _batch(self, s: Scenario) -> dict[str, torch.Tensor]:
+        batch = random_batch(self.config.vocab_size, s.batch_size, s.seq_len)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

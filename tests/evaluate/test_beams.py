@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,17 @@ def test_batch_gives_the_answers_of_generate(
     found = search(model, batch, mask, num_beams=num_beams, num_new=num_new, end_ids=[END])
     assert found.shape == (len(alone), batch.shape[1] + num_new)
     assert torch.equal(found[:, : batch.shape[1]], batch)
+    assert [
+        until_end(answer[batch.shape[1] :].tolist())[: len(e)] for answer, e in zip(found, expected, strict=True)
+    ] == expected
+
+
+@pytest.mark.gpu
+def test_batch_gives_the_answers_of_generate_on_a_gpu(model) -> None:
+    alone, batch, mask = prompts([3, 9, 1, 5, 5, 12, 2, 7, 4, 8, 6, 10], 6)
+    on_gpu = copy.deepcopy(model).to("cuda")
+    expected = one_by_one(on_gpu, [prompt.to("cuda") for prompt in alone], 4, 24)
+    found = search(on_gpu, batch.to("cuda"), mask.to("cuda"), num_beams=4, num_new=24, end_ids=[END])
     assert [
         until_end(answer[batch.shape[1] :].tolist())[: len(e)] for answer, e in zip(found, expected, strict=True)
     ] == expected
