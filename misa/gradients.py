@@ -63,7 +63,7 @@ class NormSums:
         self._num_lengths = 0  # gradients that `_lengths` is made for
 
     def squares(self, blocks: Sequence[int], norms: Sequence[Number]) -> Numbers:
-        """Squared norm of every block's gradients, and last of those of no block.
+        """Squared norm of every block's gradients, and last of those of no block, if there are any.
 
         Args:
             blocks: The block of every gradient.
@@ -75,12 +75,14 @@ class NormSums:
             for block, norm in zip(blocks, norms, strict=True):
                 counts[block] += float(norm) * float(norm)
             return list(counts.values())
+        squares = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms]).square_()
+        if tuple(blocks) == self._blocks:  # one gradient each, and none of no block
+            return squares
         if self._lengths is None or self._num_lengths != len(norms):
             for block in blocks:
                 counts[block] += 1
             self._lengths = torch.tensor(list(counts.values()), dtype=torch.long, device=device)
             self._num_lengths = len(norms)
-        squares = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms]).square_()
         # Sums one after the other: scattered ones have no fixed order on a GPU.
         return torch.segment_reduce(squares, "sum", lengths=self._lengths, unsafe=True)
 
@@ -153,7 +155,7 @@ def all_finite(squares: Numbers, overflow: Tensor | None = None) -> Tensor | boo
     """Whether all are finite and a `GradScaler` found no overflow; for numbers on a GPU the answer stays there."""
     if isinstance(squares, list):
         return math.isfinite(sum(squares)) and not overflow
-    good = torch.isfinite(squares.sum())
+    good = squares.sum() < math.inf  # of squares; fewer kernels than `isfinite`
     return good if overflow is None else good & (overflow.to(good.device) == 0)
 
 

@@ -26,7 +26,8 @@ class RoundedAdamW(torch.optim.Optimizer):
 
     Args:
         params: Weights of bf16 or fp32, or groups of them.
-        generator: Of the rounding; on the CPU, so that all devices round alike.
+        generator: Of the rounding, on the CPU. An accelerator draws by itself, since copying what rounds every weight
+            would take longer than all else, from a seed that this generator gives each step.
         moments: How moments are kept between steps: `"fp32"`; `"bf16"`, rounded in the same way; or `"8bit"`, as codes
             of a logarithmic scale (after the blockwise quantization of arXiv 2110.02861), rounded in the same way, with
             one fp32 scale for each `BLOCK` elements.
@@ -38,15 +39,20 @@ class RoundedAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, defaults)
         self._generator = generator
+        self._generators: dict[torch.device, torch.Generator] = {}
         self._moments = moments
 
     @torch.no_grad()
     def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient; arguments as for `FusedAdamW.update`."""
+        seeded: set[torch.device] = set()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                if not p.is_cpu and p.device not in seeded:
+                    seeded.add(p.device)
+                    self._seed(p.device)
                 if not (state := self.state[p]):
                     state.update(self._make_state(p))
                 state["step"] += 1
@@ -58,6 +64,11 @@ class RoundedAdamW(torch.optim.Optimizer):
                     self._update_part(p, part, state, group, levels, found_inf, grad_scale)
                 if found_inf is not None:
                     state["step"] -= found_inf.to(p.device)
+
+    def _seed(self, device: torch.device) -> None:
+        seed = int(torch.randint(1 << 62, (), generator=self._generator))
+        own = self._generators.setdefault(device, torch.Generator(device))
+        own.manual_seed(seed)
 
     def _make_state(self, p: Tensor) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
@@ -81,6 +92,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         found_inf: Tensor | None,
         grad_scale: Tensor | None,
     ) -> None:
+        generator = self._generators.get(p.device, self._generator)
         narrow = {name: cut(tensor, part) for name, tensor in (("p", p.detach()), *_moments(state))}
         scales = {name: cut(state[f"{name}_scale"], _of_blocks(part)) for name in levels}
         wide = {
@@ -93,13 +105,13 @@ class RoundedAdamW(torch.optim.Optimizer):
         for name, out in narrow.items():
             value = wide.pop(name)
             if name in levels:
-                codes, scale = _encode(value, levels[name], name == "exp_avg_sq", self._generator)
+                codes, scale = _encode(value, levels[name], name == "exp_avg_sq", generator)
                 if found_inf is not None:  # a skipped step leaves the codes alone; rounded again, they might move
                     codes = torch.where(found_inf.to(out.device) == 0, codes, out)
                 out.copy_(codes)
                 scales[name].copy_(scale)
             elif out is not value:
-                round_stochastically_(out, value, self._generator)
+                round_stochastically_(out, value, generator)
 
 
 def _moments(state: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -117,7 +129,7 @@ def round_stochastically_(out: Tensor, value: Tensor, generator: torch.Generator
     lower half does it. Non-finite values are copied as they are.
     """
     noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=generator.device, generator=generator)
-    rounded = noise.to(value.device).add_(value.contiguous().view(torch.int32)).bitwise_and_(-65536)
+    rounded = noise.add_(value.contiguous().view(torch.int32)).bitwise_and_(-65536)
     out.copy_(torch.where(torch.isfinite(value), rounded.view(torch.float32), value))
 
 
@@ -150,7 +162,7 @@ def _encode(value: Tensor, levels: Tensor, is_square: bool, generator: torch.Gen
     low = torch.bucketize(scaled, levels, right=True, out_int32=True).sub_(1).clamp_(0, len(levels) - 2)
     below = levels[low]
     share = (scaled - below).div_(levels[low + 1].sub_(below))
-    noise = torch.rand(share.shape, device=generator.device, generator=generator).to(share.device)
+    noise = torch.rand(share.shape, device=generator.device, generator=generator)
     codes = low.add_(noise < share)
     if is_square:
         codes = torch.maximum(codes, (scaled > 0).int())

@@ -67,6 +67,8 @@ FIGURE_TABLES = {
 }
 # Tables that only one study makes, by its name.
 STUDY_TABLES = {"ablation": "ablation", "learning_rates": "tune"}
+# Tables of the variance, which a scale without pre-training does not measure.
+VARIANCE_TABLES = ["variance", "gradient_norms", "staleness"]
 # Tables and figures of the full-size model, which a scale may leave out.
 GRID_TABLES = ["memory_grid", "memory_sweep", "memory_fit", "memory_levers"]
 GRID_FIGURES = [name for name, table in FIGURE_TABLES.items() if table in GRID_TABLES]
@@ -177,6 +179,8 @@ def is_drawn(figure):
         return Path(table_of(figure)).is_file()
     if figure in STUDY_TABLES:
         return STUDY == STUDY_TABLES[figure]
+    if FIGURE_TABLES[figure] in VARIANCE_TABLES:
+        return bool(config["variance"]["runs"])
     return figure not in GRID_FIGURES or config["memory_grid"]["in_all"]
 
 

@@ -156,14 +156,18 @@ rule collect:
         ),
         memory=rules.memory.output.result,
         memory_table=rules.memory.output.table,
-        variance=rules.variance.output.result,
+        variance=rules.variance.output.result if config["variance"]["runs"] else [],
         rate=rules.rate.output.result,
         rate_table=rules.rate.output.table,
-        variance_tables=[
-            rules.variance.output.variance,
-            rules.variance.output.norms,
-            rules.variance.output.staleness,
-        ],
+        variance_tables=(
+            [
+                rules.variance.output.variance,
+                rules.variance.output.norms,
+                rules.variance.output.staleness,
+            ]
+            if config["variance"]["runs"]
+            else []
+        ),
     output:
         tables=expand(f"{OUT}/tables/{{table}}.csv", table=ALL_TABLES),
         manifest=f"{OUT}/tables/MANIFEST.json",
