@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from misa.data.records import SUFFIXES, Record, already_made, write_digest, write_records
-from misa.data.sources import InstructionSource, find_instructions
+from misa.data.records import SUFFIXES, already_made, write_digest, write_records
+from misa.data.sources import InstructionSource, find_instructions, read_questions
 from misa.files import new_folder
 
 FIELDS = ("instruction", "input", "output", "answer")
@@ -39,7 +39,7 @@ def make_mix(output_dir: str | Path, sets: Sequence[str], data_dir: str | None =
     settings = {"sets": list(sets), "sources": digests, "seed": seed}
     if already_made(output_dir, "mix", settings):
         return False
-    tested = {record["instruction"] for source in found for record in _test_records(source)}
+    tested = {question for source in found for question in _test_questions(source)}
     records = {record["instruction"]: record for records, _, _ in read for record in records}
     kept = [record for question, record in records.items() if question not in tested]
     random.Random(seed).shuffle(kept)
@@ -52,14 +52,14 @@ def make_mix(output_dir: str | Path, sets: Sequence[str], data_dir: str | None =
     return True
 
 
-def _test_records(source: InstructionSource) -> list[Record]:
-    """Records of the test files that lie beside local training files."""
-    records: list[Record] = []
+def _test_questions(source: InstructionSource) -> list[str]:
+    """Questions of the test files that lie beside local training files."""
+    questions: list[str] = []
     for path in source.train:
         if "train" not in path.stem:
             continue
         for suffix in SUFFIXES:
             beside = path.with_name(path.stem.replace("train", "test") + suffix)
             if beside.is_file():
-                records += InstructionSource(source.name, (beside,)).read(with_validation=False)[0]
-    return records
+                questions += read_questions(beside)
+    return questions

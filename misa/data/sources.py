@@ -209,11 +209,25 @@ def _find_in_folder(folder: Path) -> InstructionSource:
     )
 
 
+def read_questions(path: Path) -> list[str]:
+    """Return the instructions of a test file, whose answers may be missing.
+
+    Args:
+        path: A data file.
+
+    Raises:
+        ValueError: If the file cannot be read, or a record has no instruction.
+    """
+    return [record["instruction"] for record in _read(numbered_records(path), 0.0, str(path), to_learn=False)]
+
+
 def _read_files(files: Iterable[Path], max_malformed: float) -> list[Record]:
     return [record for path in files for record in _read(numbered_records(path), max_malformed, str(path))]
 
 
-def _read(numbered: Iterable[tuple[str, Any]], max_malformed: float, source: str) -> list[Record]:
+def _read(
+    numbered: Iterable[tuple[str, Any]], max_malformed: float, source: str, to_learn: bool = True
+) -> list[Record]:
     """Convert the records of one file, whose first whole record says how its fields are laid out."""
     layout: Format | None = None
 
@@ -228,7 +242,7 @@ def _read(numbered: Iterable[tuple[str, Any]], max_malformed: float, source: str
         if missing is not None:
             raise ValueError(f"field {missing!r} is missing; the record has {', '.join(map(repr, record))}")
         converted = layout.convert(record)
-        if not converted["output"].strip():
+        if to_learn and not converted["output"].strip():
             raise ValueError("field 'output' is empty, so there is nothing to learn")
         return converted
 

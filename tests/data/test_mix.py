@@ -52,6 +52,18 @@ def test_mix_is_made_once_and_follows_its_seed_and_sources(sets: Path, tmp_path:
         make_mix(tmp_path / "one", ["arc_easy"], str(sets))
 
 
+def test_answers_of_tests_need_not_be_there(sets: Path, tmp_path: Path) -> None:
+    write_records(sets / "arc_easy_test.jsonl", [{**question("easy 3"), "output": ""}, question("new")])
+    assert make_mix(tmp_path / "mix", ["arc_easy"], str(sets))
+    questions = {record["instruction"] for record in read_records(tmp_path / "mix" / "train.jsonl", ("answer",))}
+    assert questions == {f"easy {i}" for i in range(20) if i != 3}
+
+
+def test_mix_of_the_real_sets_can_be_made(real_data: Path, tmp_path: Path) -> None:
+    assert make_mix(tmp_path / "math", ["gsm8k", "mawps"], str(real_data))
+    assert len(read_records(tmp_path / "math" / "train.jsonl", ("instruction", "output"))) > 9000
+
+
 def test_wrong_sets_are_named(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="arc_easy, arc_easy; name at least one, and none twice"):
         make_mix(tmp_path / "mix", ["arc_easy", "arc_easy"], str(sets))
