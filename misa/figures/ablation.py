@@ -51,7 +51,9 @@ def plot(table: pd.DataFrame) -> Figure:
         )
         ax.set_ylim(places[-1] + 0.7, -0.7)
         ax.grid(axis="y", visible=False)
-        ax.set_xlabel("eval loss minus the common setting's\n(nats/token; right is worse)")
+        # Both belong to the whole figure: long names leave the axes too narrow for them.
+        figure.supxlabel("eval loss minus the common setting's\n(nats/token; right is worse)", size="medium")
         loss, seeds = common["loss"].iloc[0], common["num_seeds"].iloc[0]
-        ax.set_title(f"Common setting: {loss:.3f} nats/token,\n{seeds} seed{'s' if seeds > 1 else ''}", loc="left")
+        title = f"Common setting: {loss:.3f} nats/token, {seeds} seed{'s' if seeds > 1 else ''}"
+        figure.suptitle(title, x=0.02, ha="left", size="medium")
     return figure

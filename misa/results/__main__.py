@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 TABLES_DIR = "paper_figures/tables"
+# Tables of studies of one question.
+STUDY_VERBS = {
+    "ablation": "an ablation -> table of paired differences",
+    "learning_rates": "a grid of learning rates of pre-training -> table of the chosen ones",
+    "finetune_rates": "a grid of learning rates of fine-tuning -> table of the chosen ones",
+}
 TIMES_FILE = "paper_figures/data/timings.json"
 
 
@@ -45,13 +51,13 @@ def _run(options: argparse.Namespace) -> int:
         from misa.results.pages import write_pages
 
         _print(write_pages(options.tables, options.output_dir))
-    elif options.verb in ("ablation", "learning_rates"):
+    elif options.verb in STUDY_VERBS:
         from misa.results.pages import read_settings, write_study_table
         from misa.results.tuning import apply_rates
 
         settings = read_settings(options.table)
         _print(write_study_table(options.verb, settings, options.output_dir, options.page_dir))
-        for sheet in options.sheets if options.verb == "learning_rates" else ():
+        for sheet in getattr(options, "sheets", ()):
             print(f"{sheet}: {', '.join(apply_rates(sheet, settings)) or 'no row changed'}")
     elif options.verb == "benchmarks":
         from misa.results.benchmarks import write_benchmark_table
@@ -88,11 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     tables.add_argument("--tables", required=True, help="folder with scores.csv, runs.csv and settings.csv")
     tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
-    ablation = verbs.add_parser("ablation", help="settings.csv of an ablation -> table of paired differences")
-    rates = verbs.add_parser(
-        "learning_rates", help="settings.csv of a grid of learning rates -> table of the chosen ones"
-    )
-    for one in (ablation, rates):
+    for verb, what in STUDY_VERBS.items():
+        one = verbs.add_parser(verb, help=f"settings.csv of {what}")
         one.add_argument(
             "--table",
             nargs="+",
@@ -101,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         one.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
         one.add_argument("--page_dir", "--page-dir", help="folder for a page of the report (default: none is written)")
-    rates.add_argument("--sheets", nargs="*", default=[], help="run sheets whose rows get the chosen learning rates")
+        if verb != "ablation":
+            one.add_argument("--sheets", nargs="*", default=[], help="run sheets whose rows get the chosen rates")
     pages = verbs.add_parser("pages", help="the same tables, and where all runs come from, as HTML pages of the report")
     pages.add_argument("--tables", required=True, help="folder of the tidy tables and their MANIFEST.json")
     pages.add_argument("--output_dir", "--output-dir", required=True, help="folder to write")

@@ -66,7 +66,8 @@ def find_results(paths: Iterable[str | Path]) -> list[Found]:
         The results in the order of kind and run name.
 
     Raises:
-        ValueError: If a path holds none, a file is malformed, or two results have the same kind and run name.
+        ValueError: If a path holds none, a file is malformed, or two results have the same kind and run name; but a
+            run may be scored in several parts, on tasks of their own.
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -77,16 +78,17 @@ def find_results(paths: Iterable[str | Path]) -> list[Found]:
         if not inside:
             raise ValueError(f"no {RESULT_FILE} at or below {path}")
         files.update(dict.fromkeys(file.resolve() for file in inside))
-    found: dict[tuple[str, str], Found] = {}
+    found: dict[tuple[str, str, str], Found] = {}
     for file in files:
         result = read_result(file)
-        key = (result.kind, result.run)
-        if key in found:
-            raise ValueError(
-                f"two results of kind {result.kind} are called {result.run}: {found[key].folder}, {file.parent}"
-            )
-        found[key] = Found(result, file.parent)
-    return [found[key] for key in sorted(found)]
+        for task in (result.kind == "evaluate" and result.config.get("tasks")) or ("",):
+            key = (result.kind, result.run, task)
+            if key in found:
+                both = f"{found[key].folder}, {file.parent}"
+                which = f" with the task {task}" if task else ""
+                raise ValueError(f"two results of kind {result.kind} are called {result.run}{which}: {both}")
+            found[key] = Found(result, file.parent)
+    return list({id(found[key].result): found[key] for key in sorted(found)}.values())
 
 
 def collect(found: Sequence[Found]) -> dict[str, pd.DataFrame]:

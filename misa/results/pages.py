@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: The pages, each `NAME.html`.
 PAGES = (*SCORE_TABLES, "paired", "published", "runs")
 #: Study of one question -> what makes its table of `settings.csv`.
-STUDIES = {"ablation": ablation_table, "learning_rates": tuning_table}
+STUDIES = {"ablation": ablation_table, "learning_rates": tuning_table, "finetune_rates": tuning_table}
 RUNS_HEAD = ("run", "kind", "made", "commit", "package", "data", "torch", "machine")
 # Origin of the tables of the full-size model, which come from no run of a sheet.
 _GRID_FILE = "memory_grid.json"

@@ -216,7 +216,7 @@ def test_figure_has_column_width_labels_and_readable_text_inside_its_edges(name)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     for axes in figure.axes:
-        assert axes.get_xlabel() or axes.get_ylabel() or axes.get_title(loc="left")
+        assert axes.get_xlabel() or axes.get_ylabel() or axes.get_title(loc="left") or figure.get_supxlabel()
     drawn = figure.get_tightbbox(canvas.get_renderer())  # inches
     assert drawn.x0 >= -0.01
     assert drawn.y0 >= -0.01

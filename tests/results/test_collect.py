@@ -157,6 +157,19 @@ def test_faults_are_named(results, tmp_path, capsys):
     assert "lacks its table memory.csv" in fails(results)
 
 
+def test_run_may_be_scored_in_parts_on_tasks_of_their_own(tmp_path, capsys):
+    def score(folder, tasks):
+        scores = {f"{task}/acc": 0.5 for task in tasks}
+        part = result("base", "evaluate", "none", metrics=scores, config={"tasks": tasks})
+        write_result(part, tmp_path / "parts" / folder)
+        return main(["collect", str(tmp_path / "parts"), "--output_dir", str(tmp_path / "t")])
+
+    assert score("one", ["arc_easy"]) == score("two", ["boolq", "piqa"]) == 0
+    assert set(pd.read_csv(tmp_path / "t" / "scores.csv")["task"]) == {"arc_easy", "boolq", "piqa"}
+    assert score("two", ["piqa", "arc_easy"]) == 2
+    assert "are called base with the task arc_easy" in capsys.readouterr().err
+
+
 def test_scores_are_averaged_over_seeds_with_the_larger_error(results):
     summary = summarise(collect(find_results([results]))["scores"]).set_index("method")
     assert summary.loc["misa", "value"] == pytest.approx(0.71)

@@ -22,10 +22,11 @@ from misa.results.collect import TABLES
 
 SCALES = ("laptop", "workstation", "paper")
 # Of the same shape, with sheets of their own for one question each.
-STUDIES = ("evidence", "ablation", "tune")
+STUDIES = ("evidence", "ablation", "tune", "finetune_rates")
 COMPUTING = {"base_model", "family", "corpus", "pretrain", "finetune", "memory", "variance", "rate", "collect"}
 # Each study of one question has a table, and the ablation a figure.
-DRAWING = {"figure": len(FIGURES), "score_tables": 1, "study_table": 2, "report_pages": 1, "all": 1}
+DRAWING = {"figure": len(FIGURES), "score_tables": 1, "study_table": 3, "report_pages": 1, "all": 1}
+OF_VARIANCE = ("gradient_variance", "gradient_norms", "staleness")
 OF_GRID = [name for name, table in FIGURES.items() if Path(table).stem in GRID_TABLES]
 
 
@@ -78,6 +79,19 @@ def test_study_of_one_question_has_a_table_and_a_folder_of_its_own(
     assert jobs["figure"] == len(FIGURES) - len(OF_GRID) - 1 + extra
 
 
+def test_scale_without_pretraining_measures_no_variance(snakemake, repository: Path, tmp_path: Path) -> None:
+    words = ("-n", "--quiet", "rules", "--config", "scale=finetune_rates", "data_dir=sets")
+    done = snakemake("all", "paper_figures/data/finetune_rates/settings.csv", *words, folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    jobs = planned(done.stdout)
+    rows = sheet(repository, "finetune_rates", with_real_sets=True)
+    assert jobs["finetune"] == len(rows) > 40
+    assert (jobs["study_table"], jobs["freeze"]) == (1, 1)
+    assert "pretrain" not in jobs
+    assert "variance" not in jobs
+    assert jobs["figure"] == len(FIGURES) - len(OF_GRID) - 1 - len(OF_VARIANCE)
+
+
 def test_folder_with_real_sets_adds_its_runs(snakemake, repository: Path, tmp_path: Path) -> None:
     done = snakemake("-n", "--quiet", "rules", "--config", "scale=workstation", "data_dir=sets", folder=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -125,7 +139,8 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 
 
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
-    tables = [f"{name}.csv" for name in (*TABLES, *GRID_TABLES, "benchmarks/scores", "tune/settings")]
+    others = ("benchmarks/scores", "tune/settings", "finetune_rates/settings")
+    tables = [f"{name}.csv" for name in (*TABLES, *GRID_TABLES, *others)]
     for name in {*tables, "MANIFEST.json", *FIGURES.values()}:
         table = tmp_path / "paper_figures" / "data" / name
         table.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +232,7 @@ def test_missing_and_impossible_values_are_named(snakemake, repository: Path, tm
 def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
     done = snakemake("-n", "--config", "scale=desktop", folder=tmp_path)
     assert done.returncode != 0
-    assert "'desktop', allowed: ablation, evidence, laptop, paper, tune, workstation" in done.stdout
+    assert "'desktop', allowed: ablation, evidence, finetune_rates, laptop, paper, tune, workstation" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,11 @@ FIGURE_TABLES = {
     "scores": "scores",
 }
 # Tables that only one study makes, by its name.
-STUDY_TABLES = {"ablation": "ablation", "learning_rates": "tune"}
+STUDY_TABLES = {
+    "ablation": "ablation",
+    "learning_rates": "tune",
+    "finetune_rates": "finetune_rates",
+}
 # Tables of the variance, which a scale without pre-training does not measure.
 VARIANCE_TABLES = ["variance", "gradient_norms", "staleness"]
 # Tables and figures of the full-size model, which a scale may leave out.
