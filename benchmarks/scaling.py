@@ -1,7 +1,7 @@
 """A plan for many GPUs: traffic, memory and step time of each, from measured bytes: `python -m benchmarks.scaling`.
 
-Nothing here was run on several GPUs. Bytes between processes come from `benchmarks/results/distributed.json`, as a share of
-all gradients and weights; sizes of models from their configurations; network and GPU are what the options state.
+Nothing here was run on several GPUs. Bytes between processes come from `benchmarks/results/distributed.json`, as a share
+of all gradients and weights; sizes of models from their configurations; network and GPU are what the options state.
 Written as Markdown into `docs/scaling.md`.
 """
 
@@ -152,7 +152,7 @@ def page(options: argparse.Namespace) -> str:
     lines = [
         "# Many GPUs: a plan",
         "",
-        "**A plan, not a measurement.** Several GPUs were not at hand. What follows is computed by `python -m benchmarks.scaling`",
+        "**A plan, not a measurement**: several GPUs were not at hand. Computed by `python -m benchmarks.scaling`",
         f"from bytes counted between {report['settings']['num_processes']} processes on a CPU",
         "(`benchmarks/results/distributed.md`) and from these assumptions:",
         "",
