@@ -1,8 +1,8 @@
 """A plan for many GPUs: traffic, memory and step time of each, from measured bytes: `python -m benchmarks.scaling`.
 
-Nothing here was run on several GPUs. Bytes between processes come from `benchmarks/results/distributed.json`, as a share
-of all gradients and weights; sizes of models from their configurations; network and GPU are what the options state.
-Written as Markdown into `docs/scaling.md`.
+Nothing here was run on several GPUs. Bytes between processes come from `benchmarks/results/distributed.json`, as a
+share of all gradients and weights; sizes of models from their configurations; network and GPU are what the options
+state. Written as Markdown into `docs/scaling.md`.
 """
 
 from __future__ import annotations

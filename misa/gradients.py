@@ -59,11 +59,12 @@ class NormSums:
         self._blocks = blocks
         self._squared = squared
         self._sums: Any = None
+        self._zero: Tensor | None = None
         self._lengths: Tensor | None = None
         self._num_lengths = 0  # gradients that `_lengths` is made for
 
     def squares(self, blocks: Sequence[int], norms: Sequence[Number]) -> Numbers:
-        """Squared norm of every block's gradients, and last of those of no block, if there are any.
+        """Squared norm of every block's gradients, and last of those of no block.
 
         Args:
             blocks: The block of every gradient.
@@ -75,15 +76,18 @@ class NormSums:
             for block, norm in zip(blocks, norms, strict=True):
                 counts[block] += float(norm) * float(norm)
             return list(counts.values())
-        squares = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms]).square_()
-        if tuple(blocks) == self._blocks:  # one gradient each, and none of no block
-            return squares
+        if self._zero is None:
+            self._zero = torch.zeros((), device=device)
+        there = [torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms]
+        if tuple(blocks) == self._blocks:  # one gradient each, and none of no block: nothing to sum, fewer kernels
+            return torch.stack([*there, self._zero]).square_()
         if self._lengths is None or self._num_lengths != len(norms):
             for block in blocks:
                 counts[block] += 1
             self._lengths = torch.tensor(list(counts.values()), dtype=torch.long, device=device)
             self._num_lengths = len(norms)
         # Sums one after the other: scattered ones have no fixed order on a GPU.
+        squares = torch.stack(there).square_()
         return torch.segment_reduce(squares, "sum", lengths=self._lengths, unsafe=True)
 
     def add(self, squares: Numbers, good: Tensor | bool) -> None:
