@@ -16,7 +16,7 @@ from misa.results.pages import write_pages
 pytestmark = pytest.mark.browser
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Tables of studies of one question: verb of `misa.results` -> folder of its table.
-STUDIES = {"ablation": "ablation", "learning_rates": "tune"}
+STUDIES = {"ablation": "ablation", "learning_rates": "tune", "finetune_rates": "finetune_rates"}
 CATEGORIES = ("Convergence", "Gradient variance", "Memory", "Tables", "Runs")
 
 
