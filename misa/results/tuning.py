@@ -98,7 +98,7 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         if row["kind"] != kind or method not in chosen:
             continue
         given = re.search(r"--learning_rate (\S+)", row["args"])
-        if given and float(given[1]) == chosen[method]:
+        if given and _rate(given[1], f"sheet {sheet}, run {row['run']}") == chosen[method]:
             continue
         others = re.sub(r" ?--learning_rate \S+", "", row["args"])
         cells[columns.index("args")] = others.replace(f"{method} ", f"{method} --learning_rate {chosen[method]:g} ", 1)
@@ -106,3 +106,10 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         changed.append(row["run"])
     write_text(path, "\n".join([head, *lines]) + "\n")
     return changed
+
+
+def _rate(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{where}: learning_rate is {text!r}, allowed is a number") from None

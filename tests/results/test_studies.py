@@ -93,6 +93,16 @@ def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytes
     assert "no row changed" in capsys.readouterr().out
 
 
+def test_rate_in_a_sheet_that_is_no_number_is_named_with_its_run(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "sheet.tsv"
+    sheet.write_text("run\tkind\targs\na\tpretrain\t--method misa --learning_rate fast\n")
+    words = ["learning_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
+    assert main(words) == 2
+    assert f"sheet {sheet}, run a: learning_rate is 'fast', allowed is a number" in capsys.readouterr().err
+
+
 def ablation() -> pd.DataFrame:
     common = {"kind": "pretrain", "method": "misa", "granularity": "matrix", "eta": "auto", "interval": 10}
     different = [{}, {"eta": "0.0"}, {"interval": 50}, {"method": "misa_official", "eta": "auto"}]
