@@ -1,8 +1,8 @@
 """Memory and time of a training step of a full-size model on a GPU: `python -m benchmarks.full_size`.
 
-Every form of every method trains the same model, with random weights, on the same random tokens, one after another in
-one process. Beside what CUDA's allocator counted stands what the memory laboratory predicted, on fake tensors in other
-processes, which need no GPU. What does not fit is said to, with the prediction.
+Each form of a method trains the same model, with random weights, on the same random tokens, one after another in one
+process. Beside what CUDA's allocator counted stands what the memory laboratory predicted, on fake tensors. A form that
+does not fit keeps its prediction.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 if something asked for is wrong.
     """
+    import torch
+
     from misa.files import write_text
     from misa.memory.models import configuration
     from misa.results import provenance
@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         scenarios = _scenarios(options)
-        configuration(options.model)
+        config = configuration(options.model)
+        for scenario in scenarios.values():
+            scenario.check_length(config)
+        if not torch.cuda.is_available():
+            raise ValueError("a CUDA device is needed; `python -m misa.memory --model` predicts without one")
         if options.num_steps < 1:
             raise ValueError(f"num_steps is {options.num_steps}, allowed is 1 or more")
     except ValueError as error:
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = ["python", "-m", "benchmarks.full_size", *(sys.argv[1:] if argv is None else argv)]
     report = {"settings": vars(options), "provenance": provenance(command).model_dump()}
-    report["rows"] = measure(scenarios, options.num_steps, options.processes)
+    report["rows"] = measure(scenarios, options.num_steps)
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "full_size.json", json.dumps(report, indent=1) + "\n")
@@ -67,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens in a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the layers in the backward pass")
     parser.add_argument("--num_steps", type=int, default=5, help="timed steps of each form")
-    parser.add_argument("--processes", type=int, default=4, help="that predict, side by side")
     parser.add_argument("--output_dir", default="benchmarks/results", help="folder for full_size.json and full_size.md")
     return parser
 
@@ -85,13 +88,12 @@ def _scenarios(options: argparse.Namespace) -> dict[str, Any]:
     return {name: VARIANTS[name].scenario(model=options.model, **fields) for name in names}
 
 
-def measure(scenarios: dict[str, Any], num_steps: int, processes: int) -> list[dict[str, Any]]:
+def measure(scenarios: dict[str, Any], num_steps: int) -> list[dict[str, Any]]:
     """Predict and measure every form.
 
     Args:
         scenarios: Scenario of each form.
         num_steps: Timed steps of each.
-        processes: That predict, side by side.
 
     Returns:
         One row for each form; without measured values where it did not fit.
@@ -100,12 +102,9 @@ def measure(scenarios: dict[str, Any], num_steps: int, processes: int) -> list[d
 
     from misa.memory.variants import VARIANTS
 
-    # Spawned: a process that has begun to use a GPU cannot be forked.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        predicted = dict(zip(scenarios, pool.map(predict, scenarios.values()), strict=True))
     rows = []
     for name, scenario in scenarios.items():
-        row: dict[str, Any] = {"form": name, "label": VARIANTS[name].label, **predicted[name], "fits": True}
+        row: dict[str, Any] = {"form": name, "label": VARIANTS[name].label, **predict(scenario), "fits": True}
         try:
             row |= _on_device(scenario, num_steps)
         except torch.cuda.OutOfMemoryError:
@@ -119,11 +118,8 @@ def measure(scenarios: dict[str, Any], num_steps: int, processes: int) -> list[d
 
 def predict(scenario: Any) -> dict[str, Any]:
     """Peak of a step on fake tensors, in all and by category, bytes."""
-    import torch
-
     from misa.memory.scenario import Laboratory
 
-    torch.set_num_threads(1)
     peak = Laboratory(scenario).measure().peak
     return {"predicted_bytes": peak.total_bytes, "predicted_by_category": dict(peak.by_category)}
 

@@ -316,10 +316,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--turns", type=int, default=100, help="timed calls of every contestant (100)")
     parser.add_argument("--sizes", choices=["small", "large", "both"], default="both", help="sizes of matrices")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "optimizer_step")
+    parser.add_argument("--output", type=Path, help="files without ending (benchmarks/results/optimizer_step[_gpu])")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=DEVICE, help="where to compute (%(default)s)")
     options = parser.parse_args()
     DEVICE = options.device
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        parser.error("device is cuda, but there is no CUDA device")
+    name = "optimizer_step_gpu" if DEVICE == "cuda" else "optimizer_step"
+    output = options.output or Path(__file__).parent / "results" / name
     models = {"small": SMALL, "large": LARGE, "both": SMALL + LARGE}[options.sizes]
     results = {
         "machine": describe_machine().model_dump(),
@@ -336,9 +340,9 @@ def main() -> int:
         print(f"{num_layers} x {hidden} done", file=sys.stderr)
     results["registered"] = measure_registered(options.turns)
     text = markdown(results)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    options.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 

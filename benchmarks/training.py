@@ -67,12 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of weights and draws")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train")
     parser.add_argument("--force_bfloat16", action="store_true", help="even where the processor only emulates it")
-    parser.add_argument("--output_dir", default="benchmarks/results", help="folder for training.json and training.md")
+    parser.add_argument("--output_dir", default="benchmarks/results", help="folder for training[_gpu].json and .md")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
     """Turn lists into lists, and refuse what cannot be run."""
+    import torch
+
     from misa.methods import METHODS as BUILT
     from misa.models import DTYPES, MODEL_SIZES, resolve_dtype
 
@@ -89,6 +91,8 @@ def _check(options: argparse.Namespace) -> None:
     if not all(word.isdigit() and int(word) > 1 for word in options.seq_lens):
         raise ValueError(f"seq_lens is {','.join(options.seq_lens)!r}, allowed are whole numbers above 1")
     options.seq_lens = [int(word) for word in options.seq_lens]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but there is no CUDA device")
     for name in ("tokens_per_step", "num_steps", "interval"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}, allowed is 1 or more")
@@ -117,13 +121,14 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
     report["provenance"] = provenance(command).model_dump()
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    stem = "training_gpu" if options.device == "cuda" else "training"
     for source in options.models:
         for dtype in options.dtypes:
             for seq_len in options.seq_lens:
                 report["cells"] += measure(source, dtype, seq_len, options)
                 report["bars"] = bars(report["cells"])
-                write_text(folder / "training.json", json.dumps(report, indent=1) + "\n")
-                write_text(folder / "training.md", table(report))
+                write_text(folder / f"{stem}.json", json.dumps(report, indent=1) + "\n")
+                write_text(folder / f"{stem}.md", table(report))
     print(table(report))
     return report
 

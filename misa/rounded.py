@@ -45,14 +45,15 @@ class RoundedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient; arguments as for `FusedAdamW.update`."""
-        seeded: set[torch.device] = set()
+        params = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
+        for device in dict.fromkeys(p.device for p in params if not p.is_cpu):
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device)
+            self._generators[device].manual_seed(int(torch.randint(1 << 62, (), generator=self._generator)))
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if not p.is_cpu and p.device not in seeded:
-                    seeded.add(p.device)
-                    self._seed(p.device)
                 if not (state := self.state[p]):
                     state.update(self._make_state(p))
                 state["step"] += 1
@@ -64,11 +65,6 @@ class RoundedAdamW(torch.optim.Optimizer):
                     self._update_part(p, part, state, group, levels, found_inf, grad_scale)
                 if found_inf is not None:
                     state["step"] -= found_inf.to(p.device)
-
-    def _seed(self, device: torch.device) -> None:
-        seed = int(torch.randint(1 << 62, (), generator=self._generator))
-        own = self._generators.setdefault(device, torch.Generator(device))
-        own.manual_seed(seed)
 
     def _make_state(self, p: Tensor) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}

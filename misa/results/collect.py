@@ -78,17 +78,20 @@ def find_results(paths: Iterable[str | Path]) -> list[Found]:
         if not inside:
             raise ValueError(f"no {RESULT_FILE} at or below {path}")
         files.update(dict.fromkeys(file.resolve() for file in inside))
-    found: dict[tuple[str, str, str], Found] = {}
+    found: list[tuple[str, str, str, Found]] = []
+    taken: dict[tuple[str, str, str], Path] = {}
     for file in files:
         result = read_result(file)
-        for task in (result.kind == "evaluate" and result.config.get("tasks")) or ("",):
+        tasks = (result.kind == "evaluate" and result.config.get("tasks")) or ("",)
+        for task in tasks:
             key = (result.kind, result.run, task)
-            if key in found:
-                both = f"{found[key].folder}, {file.parent}"
+            if key in taken:
+                both = f"{taken[key]}, {file.parent}"
                 which = f" with the task {task}" if task else ""
                 raise ValueError(f"two results of kind {result.kind} are called {result.run}{which}: {both}")
-            found[key] = Found(result, file.parent)
-    return list({id(found[key].result): found[key] for key in sorted(found)}.values())
+            taken[key] = file.parent
+        found.append((result.kind, result.run, min(tasks), Found(result, file.parent)))
+    return [item for *_, item in sorted(found, key=lambda entry: entry[:3])]
 
 
 def collect(found: Sequence[Found]) -> dict[str, pd.DataFrame]:

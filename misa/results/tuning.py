@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+# What a row of a sheet without data is trained on, as in `workflows/rules/common.smk`.
+BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
+
+
 def mean_losses(settings: pd.DataFrame) -> pd.DataFrame:
     """Mean final evaluation loss over seeds of every method at every learning rate.
 
@@ -70,7 +74,7 @@ def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
 
 
 def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
-    """Write the chosen learning rates into the rows of a run sheet that are of the same kind and a known method.
+    """Write the chosen learning rates into the rows of a run sheet of the same kind, data and a known method.
 
     Args:
         sheet: A TSV file with the columns run, kind and args; changed in place.
@@ -82,7 +86,7 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
     Raises:
         ValueError: If the sheet is missing or unusable.
     """
-    chosen, kind = chosen_rates(settings), settings["kind"].iloc[0]
+    chosen, kind, trained_on = chosen_rates(settings), settings["kind"].iloc[0], set(settings["data"])
     path = Path(sheet)
     if not path.is_file():
         raise ValueError(f"sheet {sheet} does not exist")
@@ -95,7 +99,8 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         row = dict(zip(columns, cells, strict=True))
         words = shlex.split(row["args"])
         method = words[words.index("--method") + 1] if "--method" in words else ""
-        if row["kind"] != kind or method not in chosen:
+        data = row.get("data") or BUILT_IN.get(row["kind"])
+        if row["kind"] != kind or method not in chosen or data not in trained_on:
             continue
         given = re.search(r"--learning_rate (\S+)", row["args"])
         if given and _rate(given[1], f"sheet {sheet}, run {row['run']}") == chosen[method]:

@@ -25,7 +25,7 @@ def grid() -> pd.DataFrame:
     return pd.DataFrame(
         [
             {"run": f"{method}-{rate}-s{seed}", "kind": "pretrain", "method": method, "seed": seed}
-            | {"learning_rate": rate, "eval_loss": loss}
+            | {"data": "corpus", "learning_rate": rate, "eval_loss": loss}
             for (method, rate), loss in losses.items()
             for seed in (0, 1)
         ]
@@ -91,6 +91,17 @@ def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytes
     )
     assert main(words) == 0
     assert "no row changed" in capsys.readouterr().out
+
+
+def test_rates_go_into_rows_on_the_same_data_alone(tmp_path: Path) -> None:
+    table, sheet = tmp_path / "settings.csv", tmp_path / "sheet.tsv"
+    grid().assign(kind="finetune", data="commonsense").to_csv(table, index=False)
+    rows = [f"{data or 'built-in'}\tfinetune\t{data}\t--method misa --seed 0" for data in ("", "math", "commonsense")]
+    sheet.write_text("\n".join(["run\tkind\tdata\targs", *rows]) + "\n")
+    words = ["finetune_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
+    assert main(words) == 0
+    changed = [line.split("\t")[0] for line in sheet.read_text().splitlines() if "--learning_rate 0.004" in line]
+    assert changed == ["commonsense"]
 
 
 def test_rate_in_a_sheet_that_is_no_number_is_named_with_its_run(
