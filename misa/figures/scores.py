@@ -33,11 +33,16 @@ def plot(table: pd.DataFrame) -> Figure:
 
     summary = summarise(shown(table, 1))
     panels = [(key, rows.set_index("series")) for key, rows in summary.groupby(["task", "metric"], sort=False)]
-    heights = [len(rows) + 0.6 for _, rows in panels]
+    # More than two would make a column longer than a page.
+    num_columns = 1 if len(panels) < 3 else 2
+    lines = [panels[i : i + num_columns] for i in range(0, len(panels), num_columns)]
+    heights = [max(len(rows) for _, rows in line) + 0.6 for line in lines]
     with s.style():
-        figure = s.new_figure(0.35 + 0.19 * sum(heights) + 0.38 * len(panels))
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for ax, ((task, metric), rows) in zip(axes, panels, strict=True):
+        figure = s.new_figure(0.35 + 0.19 * sum(heights) + 0.38 * len(lines), num_columns * s.COLUMN_WIDTH_IN)
+        axes = figure.subplots(len(lines), num_columns, squeeze=False, height_ratios=heights).ravel()
+        for ax in axes[len(panels) :]:
+            ax.remove()
+        for ax, ((task, metric), rows) in zip(axes, panels, strict=False):
             names = _names(rows)
             unit = 100 if is_share(metric, rows["value"]) else 1
             for y, name in enumerate(names):

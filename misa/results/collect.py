@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,18 +169,62 @@ def write_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], fol
     return [*paths, write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")]
 
 
-def run(paths: Iterable[str | Path], folder: str | Path) -> list[Path]:
+def add_to_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: str | Path) -> list[Path]:
+    """Add rows to the tables of a folder, whose own results need not be at hand; its rows stay as they are.
+
+    Args:
+        tables: From `collect`; those that the folder does not hold are left out.
+        found: The results they were collected from.
+        folder: Folder with tables and their `MANIFEST.json`.
+
+    Returns:
+        The paths written, the manifest last.
+
+    Raises:
+        ValueError: If the folder has no manifest, a table is not the one that the manifest describes, or a run is
+            there already; but a run may be scored on further tasks.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: only tables that were collected can be added to")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    taken = {(run["kind"], run["run"]) for run in manifest["runs"] if run["kind"] != "evaluate"}
+    for item in found:
+        if (item.result.kind, item.result.run) in taken:
+            raise ValueError(f"{folder} holds the run {item.result.run} of kind {item.result.kind} already")
+    texts = {}
+    for name, described in manifest["tables"].items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != described["sha256"]:
+            raise ValueError(f"{folder / name} is not the table that {path} describes")
+        new = tables[Path(name).stem].to_csv(index=False, lineterminator="\n")
+        # As text, so that no digit changes.
+        old, new = (pd.read_csv(text, dtype=str, keep_default_na=False) for text in (folder / name, StringIO(new)))
+        table = pd.concat([old, new], ignore_index=True)
+        if name == "scores.csv" and (again := table[table.duplicated(["run", "task", "metric"])]["task"].tolist()):
+            raise ValueError(f"{folder} holds scores of the same run on {', '.join(dict.fromkeys(again))} already")
+        texts[name] = table.to_csv(index=False, lineterminator="\n"), len(table)
+    paths = [write_text(folder / name, text) for name, (text, _) in texts.items()]
+    manifest["tables"] = {path.name: {"sha256": sha256_file(path), "rows": texts[path.name][1]} for path in paths}
+    manifest["runs"] += [_manifest_row(item.result) for item in found]
+    return [*paths, write_text(path, json.dumps(manifest, indent=2) + "\n")]
+
+
+def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False) -> list[Path]:
     """Collect results into tables; warn on standard error if they come from different code.
 
     Args:
         paths: See `find_results`.
         folder: Folder to write.
+        add: Add to the tables that are there, instead of writing them anew. Default False.
 
     Returns:
         The paths written.
 
     Raises:
-        ValueError: See `find_results` and `collect`.
+        ValueError: See `find_results`, `collect` and `add_to_tables`.
     """
     found = find_results(paths)
     warnings = digest_warnings(found)
@@ -187,7 +232,7 @@ def run(paths: Iterable[str | Path], folder: str | Path) -> list[Path]:
         print("warning: these results were made by different versions of the package:", file=sys.stderr)
         for warning in warnings:
             print(f"  {warning}", file=sys.stderr)
-    return write_tables(collect(found), found, folder)
+    return (add_to_tables if add else write_tables)(collect(found), found, folder)
 
 
 def _run_row(result: Result) -> dict[str, Any]:

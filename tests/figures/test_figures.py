@@ -260,6 +260,15 @@ def test_forms_measured_at_few_lengths_make_no_curve():
     assert "misa-3" not in labels
 
 
+def test_scores_of_many_tasks_fit_on_a_page():
+    table = pd.concat([scores().assign(task=f"task{i}") for i in range(5)])
+    figure = plot("scores", table)
+    width, height = figure.get_size_inches()
+    assert width == 2 * s.COLUMN_WIDTH_IN
+    assert height < 7
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [f"task{i}" for i in range(5)]
+
+
 def test_variants_stand_behind_their_method():
     names = ["misa_paper", "galore", "adamw_bf16", "misa", "galore_layerwise", "other", "adamw"]
     ordered = ["adamw", "adamw_bf16", "galore", "galore_layerwise", "misa", "misa_paper", "other"]

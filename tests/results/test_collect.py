@@ -116,6 +116,34 @@ def test_collecting_again_gives_the_same_bytes_in_any_order(results, tmp_path):
     assert {run["run"] for run in manifest["runs"]} >= {"misa-s0", "base", "memory", "variance"}
 
 
+def test_results_are_added_to_tables_whose_own_results_are_gone(results, tmp_path, capsys):
+    both, out = tmp_path / "both", tmp_path / "tables"
+    main(["collect", str(results), "--output_dir", str(both)])
+    late = [results / "runs/misa-s1", results / "evaluations/misa-s1"]
+    early = [str(p.parent) for p in results.rglob("result.json") if p.parent not in late]
+    main(["collect", *early, "--output_dir", str(out)])
+    assert main(["collect", *map(str, late), "--output_dir", str(out), "--add"]) == 0
+    for name in TABLES:
+        assert sorted((out / f"{name}.csv").read_text().splitlines()) == sorted(
+            (both / f"{name}.csv").read_text().splitlines()
+        )
+    one, other = (json.loads((folder / "MANIFEST.json").read_text()) for folder in (out, both))
+    assert {name: table["rows"] for name, table in one["tables"].items()} == {
+        name: table["rows"] for name, table in other["tables"].items()
+    }
+    assert sorted(map(str, one["runs"])) == sorted(map(str, other["runs"]))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for again, reason in ((late[0], "holds the run misa-s1 of kind finetune"), (late[1], "same run on family")):
+        assert main(["collect", str(again), "--output_dir", str(out), "--add"]) == 2
+        assert reason in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    (out / "scores.csv").write_text("run\n")
+    assert main(["collect", str(late[1]), "--output_dir", str(out), "--add"]) == 2
+    assert "scores.csv is not the table" in capsys.readouterr().err
+    assert main(["collect", str(late[1]), "--output_dir", str(tmp_path / "none"), "--add"]) == 2
+    assert "MANIFEST.json does not exist" in capsys.readouterr().err
+
+
 def test_curve_values_keep_every_digit(results, tmp_path):
     value = 0.1 + 0.2
     write_curves(
