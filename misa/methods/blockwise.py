@@ -18,6 +18,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "include": None,
     "exclude": (),
     "always_on": (),
+    "always_on_lr": None,
     "state_policy": None,
     "state_format": "master",
     "residual": "cpu",

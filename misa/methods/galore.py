@@ -85,13 +85,19 @@ class _Projected:
     """Factory: the matrices inside the layers are projected, everything else gets AdamW."""
 
     def __call__(
-        self, model: nn.Module, projection: dict[str, Any], step_in_backward: bool, **hyper: Any
+        self,
+        model: nn.Module,
+        projection: dict[str, Any],
+        step_in_backward: bool,
+        always_on_lr: float | None,
+        **hyper: Any,
     ) -> torch.optim.Optimizer:
         inside = {p for block in partition(model, "matrix") for _, p in block.params if p.ndim == 2}
         rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
         groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p in inside], **projection}]
-        groups.append({"params": [p for p in rest if p.ndim >= 2]})
-        groups.append({"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0})
+        own = {} if always_on_lr is None else {"lr": always_on_lr}
+        groups.append({"params": [p for p in rest if p.ndim >= 2], **own})
+        groups.append({"params": [p for p in rest if p.ndim < 2], **own, "weight_decay": 0.0})
         plain, layerwise = _classes()
         if not step_in_backward:
             return plain([group for group in groups if group["params"]], **hyper)
@@ -112,12 +118,19 @@ def _apply(
         "scale": options["galore_alpha"],
         "projection_type": "std",
     }
-    arguments = {**hyper.adam(), "projection": projection, "step_in_backward": options["step_in_backward"]}
+    kept = {name: options[name] for name in ("step_in_backward", "always_on_lr")}
+    arguments = {**hyper.adam(), "projection": projection, **kept}
     return model, (_Projected, arguments)
 
 
 # The MISA authors' baseline: rank 32, a new projection every 50 steps, scale 1.
-_OPTIONS = {"galore_r": 32, "galore_alpha": 1.0, "galore_update_every": 50, "step_in_backward": False}
+_OPTIONS = {
+    "galore_r": 32,
+    "galore_alpha": 1.0,
+    "galore_update_every": 50,
+    "step_in_backward": False,
+    "always_on_lr": None,
+}
 _WHAT = "AdamW on every parameter, on gradients projected to a low rank for the matrices inside the layers"
 _KEPT = "projections, moments of the projected size, two full moments of the rest, in the precision of the weights"
 

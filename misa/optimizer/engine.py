@@ -24,7 +24,7 @@ from misa.optimizer.active import ActiveSet
 from misa.optimizer.blocks import Block, least_budget, partition, rest
 from misa.optimizer.sampling import BlockSampler
 from misa.optimizer.settings import Settings
-from misa.parameters import Entry, named_parameters, set_trainable, trainable
+from misa.parameters import Entry, NamedParameter, named_parameters, set_trainable, trainable
 
 
 class BlockCoordinateOptimizer(torch.optim.Optimizer):
@@ -76,9 +76,16 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         always = [pair for kind in settings.always_on for pair in others[kind]]
         trained = [pair for b in self.blocks for pair in b.params] + always
         if model is not None:
-            groups = [{"params": [x for x in trained if x[1].ndim >= 2]}]
-            if thin := [x for x in trained if x[1].ndim < 2]:
-                groups.append({"params": thin, "weight_decay": 0.0})
+            parts: list[tuple[list[NamedParameter], dict[str, Any]]] = [(trained, {})]
+            if settings.always_on_lr is not None:
+                parts = [(trained[: len(trained) - len(always)], {}), (always, {"lr": settings.always_on_lr})]
+            groups = [{"params": [x for x in part if x[1].ndim >= 2], **own} for part, own in parts]
+            groups += [
+                {"params": [x for x in part if x[1].ndim < 2], **own, "weight_decay": 0.0} for part, own in parts
+            ]
+            groups = [group for group in groups if group["params"]]
+        elif settings.always_on_lr is not None:
+            raise ValueError(f"always_on_lr={settings.always_on_lr}: needs a model; give a parameter group its own lr")
         self._owned = [p for _, p in trainable(named_parameters(source))]  # what the caller had not frozen
         self._block_of = {p: i for i, b in enumerate(self.blocks) for _, p in b.params}
         self._off = set(self._owned) - {p for _, p in trained}  # frozen for good

@@ -30,6 +30,8 @@ class Settings:
         exclude: Patterns of what is in no block.
         always_on: Parameters outside the blocks that are trained all the time, on top of the budget: any of
             `"embeddings"`, `"head"`, `"norms"`, `"other"`. Default: none, they are frozen.
+        always_on_lr: Learning rate of what is always on, if not that of the blocks. Embeddings and head are trained
+            well at rates that are too large for matrices. Needs a model; parameter groups have rates of their own.
         order: How blocks are drawn, one of `misa.optimizer.sampling.ORDERS`.
         budget: Largest share of all parameters (those the caller has frozen apart) that the drawn blocks may hold, the
             paper's delta, in (0, 1].
@@ -65,6 +67,7 @@ class Settings:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     always_on: tuple[str, ...] = ()
+    always_on_lr: float | None = None
     order: str = "importance"
     budget: float | None = None
     num_blocks: int | None = None
@@ -99,6 +102,8 @@ class Settings:
         for kind in self.always_on:
             if kind not in REST_KINDS:
                 raise ValueError(f"always_on={self.always_on!r}: {kind!r} is none of {', '.join(REST_KINDS)}")
+        if self.always_on_lr is not None and not (self.always_on and 0 <= self.always_on_lr < math.inf):
+            raise ValueError(f"always_on_lr={self.always_on_lr}: must be finite and not negative, and needs always_on")
         if self.order != "all" and (self.budget is None) == (self.num_blocks is None):
             raise ValueError("budget and num_blocks: give exactly one of them")
         if self.budget is not None and not 0 < self.budget <= 1:

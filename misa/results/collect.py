@@ -33,7 +33,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "staleness": ("snapshot", "step", "source", "age", "quantity", "value"),
     "rate": ("problem", "momentum_step", "interval", "seed", "num_updates", "lr", "mean_sq_norm"),
     "settings": (
-        *("run", "kind", "method", "seed", "data", "learning_rate", "include"),
+        *("run", "kind", "method", "seed", "data", "learning_rate", "always_on_lr", "include"),
         *("granularity", "budget", "num_blocks", "interval", "eta", "state_policy", "per_parameter", "probe_every"),
         *("num_steps", "eval_loss", "train_s"),
     ),

@@ -6,7 +6,8 @@ import math
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
 
 from misa.files import write_text
 from misa.results.tables import Cell, require_one_kind
@@ -19,29 +20,62 @@ if TYPE_CHECKING:
 BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
 
 
-def mean_losses(settings: pd.DataFrame) -> pd.DataFrame:
-    """Mean final evaluation loss over seeds of every method at every learning rate.
+class Rates(NamedTuple):
+    """Learning rate, and that of what is always on (embeddings, head, norms) where it is another."""
+
+    rate: float
+    always_on: float | None = None
+
+    def __str__(self) -> str:
+        """Both, as in tables."""
+        return f"{self.rate:g}" if self.always_on is None else f"{self.rate:g}, {self.always_on:g}"
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Where it stands in tables: one rate for everything first."""
+        return (self.always_on or 0.0, self.rate)
+
+
+def mean_losses(settings: pd.DataFrame) -> dict[str, dict[Rates, float]]:
+    """Mean final evaluation loss of every method at each of its learning rates, over the seeds that all of them have.
 
     Args:
-        settings: Tidy table `settings.csv` of a scale in which methods differ in their learning rate alone.
+        settings: Tidy table `settings.csv` of a scale in which methods differ in their learning rates alone.
 
     Returns:
-        A row for each method, a column for each learning rate; infinity where a run diverged, missing where none was
-        made.
+        Method -> rates -> loss, infinity where a run diverged; rates in the order of tables.
 
     Raises:
         ValueError: If there are no rows, or runs of several kinds.
     """
     require_one_kind(settings)
-    losses = settings.assign(eval_loss=settings["eval_loss"].astype(float).fillna(math.inf))
-    return losses.pivot_table(index="method", columns="learning_rate", values="eval_loss", aggfunc="mean", sort=True)
+    outside = settings["always_on_lr"] if "always_on_lr" in settings else [math.nan] * len(settings)
+    rates = [
+        Rates(float(one), None if math.isnan(float(other)) or float(other) == float(one) else float(other))
+        for one, other in zip(settings["learning_rate"], outside, strict=True)
+    ]
+    losses: dict[str, dict[Rates, dict[int, float]]] = {}
+    for method, seed, rate, loss in zip(
+        settings["method"], settings["seed"], rates, settings["eval_loss"].astype(float).fillna(math.inf), strict=True
+    ):
+        losses.setdefault(method, {}).setdefault(rate, {})[seed] = loss
+    means = {}
+    for method, own in losses.items():
+        shared = set.intersection(*map(set, own.values()))
+        means[method] = {
+            rate: fmean(loss for seed, loss in own[rate].items() if seed in shared or not shared)
+            for rate in sorted(own, key=lambda rate: rate.place)
+        }
+    return means
 
 
-def chosen_rates(settings: pd.DataFrame) -> dict[str, float]:
-    """Learning rate with the lowest mean loss, by method; methods that diverged everywhere are left out."""
-    means = mean_losses(settings)
-    finite = means[means.map(math.isfinite).any(axis="columns")]
-    return {str(method): float(rate) for method, rate in finite.idxmin(axis="columns").items()}
+def chosen_rates(settings: pd.DataFrame) -> dict[str, Rates]:
+    """Learning rates with the lowest mean loss, by method; methods that diverged everywhere are left out."""
+    return {
+        method: min(losses, key=losses.__getitem__)
+        for method, losses in mean_losses(settings).items()
+        if any(map(math.isfinite, losses.values()))
+    }
 
 
 def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cell]]]:
@@ -56,20 +90,24 @@ def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
     from misa.figures.style import METHODS, in_order, look
 
     means, chosen = mean_losses(settings), chosen_rates(settings)
+    columns = sorted({rate for own in means.values() for rate in own}, key=lambda rate: rate.place)
     rows: list[list[str | Cell]] = []
-    for method in in_order(METHODS, means.index):
-        own = means.loc[method].dropna()
+    for method in in_order(METHODS, means):
+        own = means[method]
         cells: list[str | Cell] = []
-        for rate in means.columns:
+        for rate in columns:
             value = own.get(rate, math.nan)
             is_chosen = chosen.get(method) == rate
             cells.append(
                 "" if math.isnan(value) else Cell(value, best=is_chosen) if math.isfinite(value) else "diverged"
             )
         best = chosen.get(method)
-        at_end = best is not None and best in (own.index.min(), own.index.max())
-        rows.append([look(METHODS, method).label, *cells, "" if best is None else f"{best:g}", "yes" if at_end else ""])
-    head = ["method", *(f"loss at {rate:g}" for rate in means.columns), "chosen", "end of the grid"]
+        at_end = best is not None and any(
+            value in (min(tried), max(tried))
+            for value, tried in zip(_both(best), zip(*map(_both, own), strict=True), strict=True)
+        )
+        rows.append([look(METHODS, method).label, *cells, "" if best is None else str(best), "yes" if at_end else ""])
+    head = ["method", *(f"loss at {rate}" for rate in columns), "chosen", "end of the grid"]
     return head, rows
 
 
@@ -102,19 +140,31 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         data = row.get("data") or BUILT_IN.get(row["kind"])
         if row["kind"] != kind or method not in chosen or data not in trained_on:
             continue
-        given = re.search(r"--learning_rate (\S+)", row["args"])
-        if given and _rate(given[1], f"sheet {sheet}, run {row['run']}") == chosen[method]:
+        where = f"sheet {sheet}, run {row['run']}"
+        if _given(words, where) == chosen[method]:
             continue
-        others = re.sub(r" ?--learning_rate \S+", "", row["args"])
-        cells[columns.index("args")] = others.replace(f"{method} ", f"{method} --learning_rate {chosen[method]:g} ", 1)
+        others = re.sub(r" ?--(learning_rate|always_on_lr) \S+", "", row["args"])
+        rate, always_on = chosen[method]
+        words_now = f"--learning_rate {rate:g}" + ("" if always_on is None else f" --always_on_lr {always_on:g}")
+        cells[columns.index("args")] = others.replace(f"{method} ", f"{method} {words_now} ", 1)
         lines[number] = "\t".join(cells)
         changed.append(row["run"])
     write_text(path, "\n".join([head, *lines]) + "\n")
     return changed
 
 
-def _rate(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{where}: learning_rate is {text!r}, allowed is a number") from None
+def _both(rates: Rates) -> tuple[float, float]:
+    return (rates.rate, rates.rate if rates.always_on is None else rates.always_on)
+
+
+def _given(words: list[str], where: str) -> Rates | None:
+    """The rates that a command line names, if it names one."""
+    found: dict[str, float] = {}
+    for name in ("learning_rate", "always_on_lr"):
+        if f"--{name}" in words:
+            text = words[words.index(f"--{name}") + 1]
+            try:
+                found[name] = float(text)
+            except ValueError:
+                raise ValueError(f"{where}: {name} is {text!r}, allowed is a number") from None
+    return Rates(found["learning_rate"], found.get("always_on_lr")) if "learning_rate" in found else None

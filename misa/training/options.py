@@ -78,6 +78,7 @@ class MethodOptions:
     include: str | None = _option(None, "what is split into blocks: comma list of patterns of names, as *.self_attn.*")
     exclude: str | None = _option(None, "what is in no block and stays as it is: comma list of patterns")
     always_on: str | None = _option(None, "trained at all times on top: comma list of embeddings, head, norms; or none")
+    always_on_lr: float | None = _option(None, "learning rate of embeddings, head, norms, if not that of the blocks")
     variant: str | None = _option(None, "reading of MISA: default, paper or official")
     num_blocks: int | None = _option(None, "blocks that are trained at a time, instead of a budget")
     order: str | None = _option(None, "how blocks are drawn: importance, uniform, ascending, descending or shuffled")

@@ -77,6 +77,20 @@ def test_adamw_equals_torch_bit_for_bit():
         assert torch.equal(p, q), name
 
 
+@pytest.mark.parametrize("name", ["adamw", "galore", "galore_layerwise", "badam", "lisa", "misa", "misa_official"])
+def test_what_is_in_no_layer_may_have_a_rate_of_its_own(name):
+    options = {**OPTIONS.get(name, {}), "always_on_lr": 1e-2}
+    if name in ("badam", "misa", "misa_official"):
+        options["always_on"] = ("embeddings", "head", "norms")
+    built = build(name, tiny_model(), lr=0.0, options=options)
+    before = copy.deepcopy(built.model)
+    train(built, 2)
+    for (path, p), q in zip(built.model.named_parameters(), before.parameters(), strict=True):
+        # The norms inside the layers belong to the layers where these are the blocks, and to the rest elsewhere.
+        if "norm" not in path or path == "model.norm.weight":
+            assert torch.equal(p, q) == (".layers." in path), path
+
+
 def test_uniform_method_draws_uniformly():
     built = build("misa_uniform", tiny_model(), lr=1e-2, options={"budget": 0.4, "interval": 2})
     cls, kwargs = built.optimizer_cls_and_kwargs
@@ -88,7 +102,7 @@ def test_uniform_method_draws_uniformly():
     ("name", "options", "message"),
     [
         ("adamv", {}, "must be one of adamw"),
-        ("adamw", {"budget": 0.1}, "has no option budget; its options are: none"),
+        ("adamw", {"budget": 0.1}, "has no option budget; its options are: always_on_lr"),
         ("lora", {"lora_rank": 8}, "lora_r"),
         ("misa", {"budget": 1.5}, r"budget=1.5: must lie in \(0, 1\]"),
         ("misa", {"variant": "papper"}, "must be one of default, paper, official"),

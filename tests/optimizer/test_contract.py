@@ -239,3 +239,20 @@ def test_model_gets_no_decay_on_parameters_of_one_dimension():
     matrices, vectors = optimizer.param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert all(p.ndim == 1 for p in vectors["params"])
+
+
+def test_always_on_parameters_may_have_a_rate_of_their_own():
+    model, twin = llama(), llama()
+    optimizer = LISA(model, lr=1e-3, weight_decay=0.1, always_on_lr=1e-2)
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert sorted(rates) == [(1e-3, 0.0), (1e-3, 0.1), (1e-2, 0.0), (1e-2, 0.1)]
+    always = [p for n, p in model.named_parameters() if ".layers." not in n]
+    assert {id(p) for g in optimizer.param_groups if g["lr"] == 1e-2 for p in g["params"]} == {id(p) for p in always}
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert sorted(scheduler.get_last_lr()) == [5e-4, 5e-4, 5e-3, 5e-3]
+    train(model, optimizer, 3)
+    resumed = LISA(twin, lr=1.0, always_on_lr=1.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in optimizer.param_groups]
+    with pytest.raises(ValueError, match=r"always_on_lr=0\.01: needs a model; give"):
+        LISA(list(llama().named_parameters()), always_on_lr=1e-2)

@@ -27,6 +27,8 @@ from misa.optimizer import MISA, Settings
         ({"state_format": "inner"}, "state_format='inner'"),
         ({"residual": "gpu"}, "residual='gpu'"),
         ({"always_on": ("heads",)}, "'heads'"),
+        ({"always_on": ("head",), "always_on_lr": -1.0}, "always_on_lr=-1.0"),
+        ({"always_on_lr": 1e-3}, "needs always_on"),
         ({"sample_last": -1}, "sample_last=-1"),
         ({"probe_every": -1}, "probe_every=-1"),
         ({"probe_every": 1, "step_in_backward": True}, "probe_every"),

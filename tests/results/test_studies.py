@@ -8,7 +8,7 @@ import pytest
 from misa.results.__main__ import main
 from misa.results.ablation import compare_settings
 from misa.results.paired import paired_table
-from misa.results.tuning import chosen_rates
+from misa.results.tuning import Rates, chosen_rates
 
 INF = float("inf")
 
@@ -40,7 +40,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_lowest_mean_loss_is_chosen_and_divergence_never() -> None:
-    assert chosen_rates(grid()) == {"adamw": 2e-3, "misa": 4e-3}
+    assert chosen_rates(grid()) == {"adamw": Rates(2e-3), "misa": Rates(4e-3)}
     with pytest.raises(ValueError, match="runs of one kind, found pretrain, finetune"):
         chosen_rates(pd.concat([grid(), grid().assign(kind="finetune")]))
 
@@ -91,6 +91,38 @@ def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytes
     )
     assert main(words) == 0
     assert "no row changed" in capsys.readouterr().out
+
+
+def two_rates() -> pd.DataFrame:
+    """The grid, and pairs of rates tried with the seed 0 alone, which ends half a nat higher than the seed 1."""
+    tried = {(5e-4, 4e-3): 4.0, (5e-4, 8e-3): 3.9, (5e-4, 16e-3): 4.1, (1e-3, 8e-3): 4.2, (25e-5, 8e-3): 4.3}
+    rows = grid().assign(eval_loss=lambda rows: rows["eval_loss"] - 0.5 * rows["seed"])
+    row = {"run": "r", "kind": "pretrain", "method": "misa", "seed": 0, "data": "corpus"}
+    pairs = [row | {"learning_rate": a, "always_on_lr": b, "eval_loss": loss} for (a, b), loss in tried.items()]
+    same = row | {"learning_rate": 2e-3, "always_on_lr": 2e-3, "eval_loss": 5.5, "run": "same"}
+    return pd.concat([rows, pd.DataFrame([*pairs, same])], ignore_index=True)
+
+
+def test_pairs_of_rates_are_chosen_by_the_seeds_that_all_have(tmp_path: Path) -> None:
+    table, sheet = tmp_path / "settings.csv", tmp_path / "sheet.tsv"
+    two_rates().to_csv(table, index=False)
+    sheet.write_text(
+        "run\tkind\targs\n"
+        "a\tpretrain\t--method misa --learning_rate 2e-3 --seed 0\n"
+        "b\tpretrain\t--method misa --learning_rate 5e-4 --always_on_lr 8e-3 --seed 0\n"
+        "c\tpretrain\t--method adamw --learning_rate 1e-3 --always_on_lr 8e-3 --seed 0\n"
+    )
+    words = ["learning_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
+    assert main(words) == 0
+    head, _, adamw, _, misa = (tmp_path / "learning_rates.md").read_text().splitlines()
+    assert "| loss at 0.004 | loss at 0.0005, 0.004 | loss at 0.00025, 0.008 | loss at 0.0005, 0.008 |" in head
+    assert misa == "| MISA | 6.00 | 5.50 | 5.20 | 4.00 | 4.30 | **3.90** | 4.20 | 4.10 | 0.0005, 0.008 |  |"
+    assert adamw.startswith("| AdamW | 4.75 | **4.25** | diverged |")
+    assert [line.split("\t")[2] for line in sheet.read_text().splitlines()[1:]] == [
+        "--method misa --learning_rate 0.0005 --always_on_lr 0.008 --seed 0",
+        "--method misa --learning_rate 5e-4 --always_on_lr 8e-3 --seed 0",
+        "--method adamw --learning_rate 0.002 --seed 0",
+    ]
 
 
 def test_rates_go_into_rows_on_the_same_data_alone(tmp_path: Path) -> None:
