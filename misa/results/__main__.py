@@ -38,7 +38,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.verb == "collect":
         from misa.results.collect import run
 
-        _print(run(options.results, options.output_dir, add=options.add))
+        _print(run(options.results, options.output_dir, add=options.add, replace=options.replace))
     elif options.verb == "tables":
         from misa.results.paired import write_paired_table
         from misa.results.published import write_published_table
@@ -89,8 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     collect = verbs.add_parser("collect", help="result files -> tidy tables (CSV) and MANIFEST.json")
     collect.add_argument("results", nargs="+", help="result.json files, or folders at or below which they lie")
     collect.add_argument("--output_dir", "--output-dir", required=True, help="folder of the tables")
-    collect.add_argument(
+    existing = collect.add_mutually_exclusive_group()
+    existing.add_argument(
         "--add", action="store_true", help="add rows to the tables in that folder, which stay as they are"
+    )
+    existing.add_argument(
+        "--replace", action="store_true", help="the same, but training runs take the place of those of the same name"
     )
     tables = verbs.add_parser(
         "tables", help="tidy tables -> scores, paired differences and published numbers, in Markdown and LaTeX"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -169,20 +170,23 @@ def write_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], fol
     return [*paths, write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")]
 
 
-def add_to_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: str | Path) -> list[Path]:
-    """Add rows to the tables of a folder, whose own results need not be at hand; its rows stay as they are.
+def add_to_tables(
+    tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: str | Path, *, replace: bool = False
+) -> list[Path]:
+    """Add rows to the tables of a folder, whose own results need not be at hand; its other rows stay as they are.
 
     Args:
         tables: From `collect`; those that the folder does not hold are left out.
         found: The results they were collected from.
         folder: Folder with tables and their `MANIFEST.json`.
+        replace: Put training runs and evaluations in the place of those of the same kind and name. Default False.
 
     Returns:
         The paths written, the manifest last.
 
     Raises:
         ValueError: If the folder has no manifest, a table is not the one that the manifest describes, or a run is
-            there already; but a run may be scored on further tasks.
+            there already and not to be replaced; but a run may be scored on further tasks.
     """
     import pandas as pd
 
@@ -191,34 +195,50 @@ def add_to_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], fo
     if not path.is_file():
         raise ValueError(f"{path} does not exist: only tables that were collected can be added to")
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    taken = {(run["kind"], run["run"]) for run in manifest["runs"] if run["kind"] != "evaluate"}
+    there = Counter((run["kind"], run["run"]) for run in manifest["runs"])
+    gone = {(item.result.kind, item.result.run) for item in found} if replace else set()
     for item in found:
-        if (item.result.kind, item.result.run) in taken:
-            raise ValueError(f"{folder} holds the run {item.result.run} of kind {item.result.kind} already")
+        kind, name = item.result.kind, item.result.run
+        if there[kind, name] and kind in _COPIED.values():
+            raise ValueError(f"{folder} holds the result {name} of kind {kind} already, whose rows do not name it")
+        if there[kind, name] > 1 and replace:
+            raise ValueError(
+                f"{folder} holds {there[kind, name]} results of kind {kind} called {name}: which to replace?"
+            )
+        if there[kind, name] and kind != "evaluate" and not replace:
+            raise ValueError(f"{folder} holds the run {name} of kind {kind} already")
     texts = {}
     for name, described in manifest["tables"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != described["sha256"]:
             raise ValueError(f"{folder / name} is not the table that {path} describes")
-        new = tables[Path(name).stem].to_csv(index=False, lineterminator="\n")
+        added = tables[Path(name).stem].to_csv(index=False, lineterminator="\n")
         # As text, so that no digit changes.
-        old, new = (pd.read_csv(text, dtype=str, keep_default_na=False) for text in (folder / name, StringIO(new)))
+        old, new = (pd.read_csv(text, dtype=str, keep_default_na=False) for text in (folder / name, StringIO(added)))
+        if name == "scores.csv":
+            again = set(zip(new["run"], new["task"], strict=True)) & set(zip(old["run"], old["task"], strict=True))
+            if again and not replace:
+                tasks = ", ".join(sorted({task for _, task in again}))
+                raise ValueError(f"{folder} holds scores of the same run on {tasks} already")
+            old = old[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
+        elif gone and {"kind", "run"} <= set(old):
+            old = old[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
         table = pd.concat([old, new], ignore_index=True)
-        if name == "scores.csv" and (again := table[table.duplicated(["run", "task", "metric"])]["task"].tolist()):
-            raise ValueError(f"{folder} holds scores of the same run on {', '.join(dict.fromkeys(again))} already")
         texts[name] = table.to_csv(index=False, lineterminator="\n"), len(table)
     paths = [write_text(folder / name, text) for name, (text, _) in texts.items()]
     manifest["tables"] = {path.name: {"sha256": sha256_file(path), "rows": texts[path.name][1]} for path in paths}
+    manifest["runs"] = [run for run in manifest["runs"] if (run["kind"], run["run"]) not in gone]
     manifest["runs"] += [_manifest_row(item.result) for item in found]
     return [*paths, write_text(path, json.dumps(manifest, indent=2) + "\n")]
 
 
-def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False) -> list[Path]:
+def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, replace: bool = False) -> list[Path]:
     """Collect results into tables; warn on standard error if they come from different code.
 
     Args:
         paths: See `find_results`.
         folder: Folder to write.
         add: Add to the tables that are there, instead of writing them anew. Default False.
+        replace: The same, in the place of runs of the same name. Default False.
 
     Returns:
         The paths written.
@@ -232,7 +252,9 @@ def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False) -
         print("warning: these results were made by different versions of the package:", file=sys.stderr)
         for warning in warnings:
             print(f"  {warning}", file=sys.stderr)
-    return (add_to_tables if add else write_tables)(collect(found), found, folder)
+    if add or replace:
+        return add_to_tables(collect(found), found, folder, replace=replace)
+    return write_tables(collect(found), found, folder)
 
 
 def _run_row(result: Result) -> dict[str, Any]:

@@ -144,6 +144,30 @@ def test_results_are_added_to_tables_whose_own_results_are_gone(results, tmp_pat
     assert "MANIFEST.json does not exist" in capsys.readouterr().err
 
 
+def test_runs_made_again_take_the_place_of_those_of_the_same_name(results, tmp_path, capsys):
+    out = tmp_path / "tables"
+    main(["collect", str(results), "--output_dir", str(out)])
+    before = {name: read_table(out / f"{name}.csv") for name in TABLES}
+    again = [results / "runs/misa-s1", results / "evaluations/misa-s1"]
+    for folder, name, value in ((again[0], "eval_loss", 1.25), (again[1], "family/exact_match", 0.9)):
+        content = json.loads((folder / "result.json").read_text())
+        content["metrics"][name] = value
+        (folder / "result.json").write_text(json.dumps(content))
+    assert main(["collect", *map(str, again), "--output_dir", str(out), "--replace"]) == 0
+    after = {name: read_table(out / f"{name}.csv") for name in TABLES}
+    assert {name: len(table) for name, table in after.items()} == {name: len(t) for name, t in before.items()}
+    settings, scores = after["settings"].set_index("run"), after["scores"].set_index("run")
+    assert settings.loc["misa-s1", "eval_loss"] == 1.25
+    assert settings.loc["misa-s0", "eval_loss"] == 1.5
+    assert scores.loc["misa-s1", "value"] == 0.9
+    assert scores.loc["misa-s0", "value"] == 0.7
+    manifest = json.loads((out / "MANIFEST.json").read_text())
+    names = [(run["kind"], run["run"]) for run in manifest["runs"]]
+    assert len(names) == len(set(names)) == len(before["runs"])
+    assert main(["collect", str(results / "rate"), "--output_dir", str(out), "--replace"]) == 2
+    assert "holds the result rate of kind rate already" in capsys.readouterr().err
+
+
 def test_curve_values_keep_every_digit(results, tmp_path):
     value = 0.1 + 0.2
     write_curves(
