@@ -52,10 +52,11 @@ def _run(options: argparse.Namespace) -> int:
 
         _print(write_pages(options.tables, options.output_dir))
     elif options.verb in STUDY_VERBS:
-        from misa.results.pages import read_settings, write_study_table
+        from misa.figures import read_table
+        from misa.results.pages import write_study_table
         from misa.results.tuning import apply_rates
 
-        settings = read_settings(options.table)
+        settings = read_table(options.table)
         _print(write_study_table(options.verb, settings, options.output_dir, options.page_dir))
         for sheet in getattr(options, "sheets", ()):
             print(f"{sheet}: {', '.join(apply_rates(sheet, settings)) or 'no row changed'}")
@@ -103,12 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
     for verb, what in STUDY_VERBS.items():
         one = verbs.add_parser(verb, help=f"settings.csv of {what}")
-        one.add_argument(
-            "--table",
-            nargs="+",
-            required=True,
-            help="the file settings.csv, or several: rows of the first's kind count",
-        )
+        one.add_argument("--table", required=True, help="the file settings.csv")
         one.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
         one.add_argument("--page_dir", "--page-dir", help="folder for a page of the report (default: none is written)")
         if verb != "ablation":

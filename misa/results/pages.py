@@ -41,23 +41,6 @@ def to_html(title: str, head: Sequence[str], rows: Sequence[Sequence[str | Cell]
     return f"<!doctype html>\n<html><head>{head_tags}</head><body>\n<table>\n{body}\n</table>\n</body></html>\n"
 
 
-def read_settings(tables: Sequence[str | Path]) -> pd.DataFrame:
-    """Read tables `settings.csv` as one.
-
-    Args:
-        tables: The files. The first says of which kind of run the rows are; others of the rest are left out.
-
-    Raises:
-        ValueError: If a table is missing.
-    """
-    import pandas as pd
-
-    from misa.figures import read_table
-
-    first, *others = [read_table(table) for table in tables]
-    return pd.concat([first, *(other[other["kind"].isin(first["kind"])] for other in others)], ignore_index=True)
-
-
 def write_study_table(
     name: str, settings: pd.DataFrame, output_dir: str | Path, page_dir: str | Path | None = None
 ) -> list[Path]:

@@ -57,17 +57,6 @@ def test_table_shows_the_grid_and_what_was_chosen(table: Path, tmp_path: Path) -
     assert r"\mathbf{4.50}" in (tmp_path / "learning_rates.tex").read_text()
 
 
-def test_runs_of_another_study_fill_the_grid(table: Path, tmp_path: Path) -> None:
-    row = {"run": "m", "kind": "pretrain", "method": "misa", "seed": 0, "learning_rate": 8e-3, "eval_loss": 5.0}
-    more = pd.DataFrame([row, {**row, "kind": "finetune", "learning_rate": 1.0}])
-    more.to_csv(tmp_path / "more.csv", index=False)
-    words = ["--table", str(table), str(tmp_path / "more.csv"), "--output_dir", str(tmp_path)]
-    assert main(["learning_rates", *words]) == 0
-    text = (tmp_path / "learning_rates.md").read_text()
-    assert "| MISA | 6.00 | 5.50 | 5.20 | **5.00** | 0.008 | yes |" in text
-    assert "loss at 1 |" not in text
-
-
 def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.tsv"
     sheet.write_text(

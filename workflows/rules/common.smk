@@ -168,13 +168,10 @@ def table_of(figure):
     return f"{folder}/{table}.csv"
 
 
-def study_tables_of(name):
-    """Paths of the tables of settings that a study's own table is made from."""
-    if not CACHED:
-        return [f"{TABLES}/settings.csv"]
-    own = [f"{TABLES}/{STUDY_TABLES[name]}/settings.csv"]
-    # Runs of the headline comparison are part of the grid of learning rates.
-    return own + [f"{TABLES}/settings.csv"] * (name == "learning_rates")
+def settings_of(name):
+    """Path of the table of settings that a study's own table is made from."""
+    folder = f"{TABLES}/{STUDY_TABLES[name]}" if CACHED else TABLES
+    return f"{folder}/settings.csv"
 
 
 def is_drawn(figure):
@@ -192,7 +189,7 @@ DRAWN = [figure for figure in FIGURE_TABLES if is_drawn(figure)]
 WRITTEN = [
     name
     for name, study in STUDY_TABLES.items()
-    if (Path(study_tables_of(name)[0]).is_file() if CACHED else study == STUDY)
+    if (Path(settings_of(name)).is_file() if CACHED else study == STUDY)
 ]
 
 

@@ -55,7 +55,7 @@ rule score_tables:
 
 rule study_table:
     input:
-        tables=lambda wildcards: study_tables_of(wildcards.table),
+        table=lambda wildcards: settings_of(wildcards.table),
     output:
         markdown=f"{SCORES}/{{table}}.md",
         latex=f"{SCORES}/{{table}}.tex",
@@ -75,9 +75,9 @@ rule study_table:
         folder=subpath(output.markdown, parent=True),
         pages=subpath(output.page, parent=True),
     message:
-        "table {wildcards.table} from {input.tables}"
+        "table {wildcards.table} from {input.table}"
     shell:
-        "python -m misa.results {wildcards.table} --table {input.tables} --output_dir {params.folder}"
+        "python -m misa.results {wildcards.table} --table {input.table} --output_dir {params.folder}"
         " --page_dir {params.pages} > {log} 2>&1"
 
 
