@@ -6,6 +6,7 @@ checkpoint tensors and numbers instead, and makes the objects again when it is l
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 from typing import Any
 
@@ -112,6 +113,8 @@ def _apply(
     for name, least in (("galore_r", 1), ("galore_update_every", 1)):
         if options[name] < least:
             raise ValueError(f"{name}={options[name]}: must be at least {least}")
+    if (rate := options["always_on_lr"]) is not None and not 0 <= rate < math.inf:
+        raise ValueError(f"always_on_lr={rate}: must be finite and not negative")
     projection = {
         "rank": options["galore_r"],
         "update_proj_gap": options["galore_update_every"],

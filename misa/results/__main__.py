@@ -95,7 +95,10 @@ def _parser() -> argparse.ArgumentParser:
         "--add", action="store_true", help="add rows to the tables in that folder, which stay as they are"
     )
     existing.add_argument(
-        "--replace", action="store_true", help="the same, but training runs take the place of those of the same name"
+        "--replace",
+        action="store_true",
+        help="the same, but runs take the place of those of the same name; scores stay unless the evaluation is "
+        "given, too",
     )
     tables = verbs.add_parser(
         "tables", help="tidy tables -> scores, paired differences and published numbers, in Markdown and LaTeX"

@@ -110,6 +110,7 @@ def test_uniform_method_draws_uniformly():
         ("misa", {"budget": 0.1, "num_blocks": 2}, "budget and num_blocks: give one of them"),
         ("misa", {"inner": "adam"}, "inner='adam': must be one of adamw, sgd"),
         ("galore", {"galore_r": 0}, "galore_r=0: must be at least 1"),
+        ("galore", {"always_on_lr": -1.0}, "always_on_lr=-1.0: must be finite and not negative"),
         ("galore", {"lora_r": 4}, "has no option lora_r"),
     ],
 )
