@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
     "2m": (128, 344, 4, 4),
     "7m": (256, 688, 4, 4),
+    "9m": (256, 688, 6, 4),
     "17m": (384, 1024, 6, 6),
     "34m": (512, 1376, 8, 8),
     "60m": (512, 1376, 8, 8),

@@ -24,7 +24,7 @@ class PretrainOptions:
     _argument_group_name = "model and data"
 
     model_config: str = field(
-        metadata={"help": "2m, 7m, 17m, 34m, 60m, 130m, 350m or 1b, or a JSON file with a model configuration"}
+        metadata={"help": "2m, 7m, 9m, 17m, 34m, 60m, 130m, 350m or 1b, or a JSON file with a model configuration"}
     )
     dataset_path: str = field(
         metadata={

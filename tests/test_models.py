@@ -30,7 +30,7 @@ def num_parameters(config: Any) -> int:
 @pytest.mark.parametrize(
     ("size", "vocab_size", "millions"),
     [
-        *[("2m", 8192, 2.9), ("7m", 8192, 7.4), ("17m", 8192, 16.9), ("34m", 8192, 33.7)],
+        *[("2m", 8192, 2.9), ("7m", 8192, 7.4), ("9m", 8192, 8.9), ("17m", 8192, 16.9), ("34m", 8192, 33.7)],
         # GaLore's table: 58M, 134M, 368M and 1339M.
         *[("60m", None, 58.1), ("130m", None, 134.1), ("350m", None, 368.0), ("1b", None, 1339.1)],
     ],
