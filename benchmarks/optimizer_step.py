@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -194,18 +194,26 @@ def measure_steps(num_layers: int, hidden: int, num_turns: int) -> dict:
     }
 
 
-def around_switch(params_on: Callable[[], list[Tensor]], step: Callable[[], object], interval: int):
-    """A round of `interval` steps: seconds of an ordinary step, and of the switch that ends the round.
-
-    The switch is what the last step of a round and the first of the next cost beyond two ordinary ones.
-    """
+def several_steps(params: Iterable[Tensor], step: Callable[[], object], num_steps: int) -> list[float]:
+    """Seconds of steps, each with gradients for whatever of the parameters is on."""
     seconds = []
-    for _ in range(interval):
-        for p in params_on():
-            p.grad = torch.full_like(p, 1e-3)
+    for _ in range(num_steps):
+        for p in params:
+            if p.requires_grad:
+                p.grad = torch.full_like(p, 1e-3)
         seconds.append(timed(step))
-    ordinary = statistics.median(seconds[1:-1])
-    return ordinary, seconds[-1] + seconds[0] - 2 * ordinary
+    return seconds
+
+
+def around_switch(seconds: list[float]) -> tuple[float, float]:
+    """Seconds of an ordinary step, and of the switch in the middle of these two rounds.
+
+    The switch is what the last step of the first round and the first of the second cost beyond two ordinary ones. Both
+    have neighbours of their own, so that neither pays for the caches that a peer's turn has left.
+    """
+    middle = len(seconds) // 2
+    ordinary = statistics.median(seconds[1 : middle - 1] + seconds[middle + 1 : -1])
+    return ordinary, seconds[middle - 1] + seconds[middle] - 2 * ordinary
 
 
 def measure_switch(num_layers: int, hidden: int, num_turns: int) -> dict:
@@ -219,16 +227,13 @@ def measure_switch(num_layers: int, hidden: int, num_turns: int) -> dict:
     names = [n for n, _ in other.named_parameters()]
     groups = [names[k : k + per_block] for k in range(0, len(names), per_block)]
     badam = make_badam(other, groups, interval)
+    ours, theirs = list(model.parameters()), list(other.parameters())
     rounds: dict[str, list[tuple[float, float]]] = {"MISA": [], "badam": []}
     with contextlib.redirect_stdout(io.StringIO()):
-        around_switch(lambda: [p for p in other.parameters() if p.requires_grad], badam.step, interval - 1)  # its first
+        several_steps(theirs, badam.step, interval - 1)  # its first round is one step shorter
         for _ in range(num_turns):
-            rounds["MISA"].append(
-                around_switch(lambda: [p for p in model.parameters() if p.requires_grad], misa.step, interval)
-            )
-            rounds["badam"].append(
-                around_switch(lambda: [p for p in other.parameters() if p.requires_grad], badam.step, interval)
-            )
+            rounds["MISA"].append(around_switch(several_steps(ours, misa.step, 2 * interval)))
+            rounds["badam"].append(around_switch(several_steps(theirs, badam.step, 2 * interval)))
     step = {name: statistics.median(a for a, _ in values) for name, values in rounds.items()}
     switch = {name: statistics.median(b for _, b in values) for name, values in rounds.items()}
     return {
