@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,7 +80,7 @@ def chosen_rates(settings: pd.DataFrame) -> dict[str, Rates]:
 
 
 def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cell]]]:
-    """Build the table of the grid: losses, the chosen rate in bold, and whether it lies at an end of the grid.
+    """Build the table of the grid: losses, the chosen rate in bold, and which of it lies at an end of the grid.
 
     Args:
         settings: See `mean_losses`.
@@ -102,11 +103,8 @@ def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
                 "" if math.isnan(value) else Cell(value, best=is_chosen) if math.isfinite(value) else "diverged"
             )
         best = chosen.get(method)
-        at_end = best is not None and any(
-            value in (min(tried), max(tried))
-            for value, tried in zip(_both(best), zip(*map(_both, own), strict=True), strict=True)
-        )
-        rows.append([look(METHODS, method).label, *cells, "" if best is None else str(best), "yes" if at_end else ""])
+        ends = [] if best is None else _at_end(best, own)
+        rows.append([look(METHODS, method).label, *cells, "" if best is None else str(best), ", ".join(ends)])
     head = ["method", *(f"loss at {rate}" for rate in columns), "chosen", "end of the grid"]
     return head, rows
 
@@ -151,6 +149,13 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         changed.append(row["run"])
     write_text(path, "\n".join([head, *lines]) + "\n")
     return changed
+
+
+def _at_end(best: Rates, tried: Iterable[Rates]) -> list[str]:
+    """Which of the two rates is the lowest or highest tried; "yes" of one for everything."""
+    of_both = zip(("matrices", "rest"), _both(best), zip(*map(_both, tried), strict=True), strict=True)
+    ends = [name for name, value, values in of_both if value in (min(values), max(values))]
+    return ends if best.always_on is not None else ["yes"] * bool(ends)
 
 
 def _both(rates: Rates) -> tuple[float, float]:

@@ -114,6 +114,15 @@ def test_pairs_of_rates_are_chosen_by_the_seeds_that_all_have(tmp_path: Path) ->
     ]
 
 
+def test_table_says_which_rate_of_a_pair_lies_at_the_end(tmp_path: Path) -> None:
+    tried = two_rates()
+    for left, ends in ((tried["always_on_lr"] != 16e-3, "rest"), (tried["learning_rate"].ge(5e-4), "matrices")):
+        tried[left].to_csv(tmp_path / "settings.csv", index=False)
+        words = ["learning_rates", "--table", str(tmp_path / "settings.csv"), "--output_dir", str(tmp_path)]
+        assert main(words) == 0
+        assert (tmp_path / "learning_rates.md").read_text().endswith(f"| 0.0005, 0.008 | {ends} |\n")
+
+
 def test_rates_go_into_rows_on_the_same_data_alone(tmp_path: Path) -> None:
     table, sheet = tmp_path / "settings.csv", tmp_path / "sheet.tsv"
     grid().assign(kind="finetune", data="commonsense").to_csv(table, index=False)
