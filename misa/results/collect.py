@@ -179,7 +179,8 @@ def add_to_tables(
         tables: From `collect`; those that the folder does not hold are left out.
         found: The results they were collected from.
         folder: Folder with tables and their `MANIFEST.json`.
-        replace: Put training runs and evaluations in the place of those of the same kind and name. Default False.
+        replace: Put results in the place of those of the same kind and name; a measurement only where it is the one of
+            its kind. Default False.
 
     Returns:
         The paths written, the manifest last.
@@ -196,10 +197,11 @@ def add_to_tables(
         raise ValueError(f"{path} does not exist: only tables that were collected can be added to")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     there = Counter((run["kind"], run["run"]) for run in manifest["runs"])
+    of_kind = Counter(run["kind"] for run in manifest["runs"])
     gone = {(item.result.kind, item.result.run) for item in found} if replace else set()
     for item in found:
         kind, name = item.result.kind, item.result.run
-        if there[kind, name] and kind in _COPIED.values():
+        if there[kind, name] and kind in _COPIED.values() and (not replace or of_kind[kind] > 1):
             raise ValueError(f"{folder} holds the result {name} of kind {kind} already, whose rows do not name it")
         if there[kind, name] > 1 and replace:
             raise ValueError(
@@ -220,6 +222,8 @@ def add_to_tables(
                 tasks = ", ".join(sorted({task for _, task in again}))
                 raise ValueError(f"{folder} holds scores of the same run on {tasks} already")
             old = old[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
+        elif any(there[key] and key[0] == _COPIED.get(Path(name).stem) for key in gone):
+            old = old.iloc[:0]
         elif gone and {"kind", "run"} <= set(old):
             old = old[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
         table = pd.concat([old, new], ignore_index=True)

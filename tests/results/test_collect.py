@@ -144,7 +144,7 @@ def test_results_are_added_to_tables_whose_own_results_are_gone(results, tmp_pat
     assert "MANIFEST.json does not exist" in capsys.readouterr().err
 
 
-def test_runs_made_again_take_the_place_of_those_of_the_same_name(results, tmp_path, capsys):
+def test_runs_made_again_take_the_place_of_those_of_the_same_name(results, tmp_path):
     out = tmp_path / "tables"
     main(["collect", str(results), "--output_dir", str(out)])
     before = {name: read_table(out / f"{name}.csv") for name in TABLES}
@@ -164,8 +164,22 @@ def test_runs_made_again_take_the_place_of_those_of_the_same_name(results, tmp_p
     manifest = json.loads((out / "MANIFEST.json").read_text())
     names = [(run["kind"], run["run"]) for run in manifest["runs"]]
     assert len(names) == len(set(names)) == len(before["runs"])
-    assert main(["collect", str(results / "rate"), "--output_dir", str(out), "--replace"]) == 2
-    assert "holds the result rate of kind rate already" in capsys.readouterr().err
+
+
+def test_measurement_made_again_takes_the_place_of_the_one_of_its_kind(results, tmp_path, capsys):
+    out = tmp_path / "tables"
+    main(["collect", str(results), "--output_dir", str(out)])
+    before = {path: path.read_bytes() for path in out.glob("*.csv")}
+    pd.DataFrame([dict.fromkeys(TABLES["rate"], 2)] * 3).to_csv(results / "rate" / "rate.csv", index=False)
+    words = ["collect", str(results / "rate"), "--output_dir", str(out)]
+    assert main([*words, "--replace"]) == 0
+    assert read_table(out / "rate.csv").shape == (3, len(TABLES["rate"]))
+    assert {path for path in before if path.read_bytes() != before[path]} == {out / "rate.csv", out / "runs.csv"}
+    content = json.loads((results / "rate/result.json").read_text())
+    (results / "rate/result.json").write_text(json.dumps(content | {"run": "other"}))
+    assert main([*words, "--add"]) == 0
+    assert main([*words, "--replace"]) == 2
+    assert "holds the result other of kind rate already, whose rows do not name it" in capsys.readouterr().err
 
 
 def test_curve_values_keep_every_digit(results, tmp_path):
