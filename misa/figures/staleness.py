@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from misa.figures import style as s
@@ -21,7 +22,12 @@ _SOURCES = {
     "fresh_auto": ("fresh, auto $\\eta$", "matrix_importance_auto"),
     "oracle": ("true norms", "matrix_oracle"),
 }
-_KEPT = ("eta1", "auto", "auto_probed")
+# The first is wide and pale, so that it shows beneath another at the same height.
+_KEPT: dict[str, dict[str, Any]] = {
+    "eta1": {"linestyle": "solid", "linewidth": 4, "alpha": 0.3},
+    "auto": {"linestyle": "dashed", "linewidth": 1},
+    "auto_probed": {"linestyle": (0, (4, 1, 1, 1)), "linewidth": 1},
+}
 _AGES = {"round_start": "inside a round", "snapshot": "between snapshots"}
 
 
@@ -52,18 +58,15 @@ def plot(table: pd.DataFrame) -> Figure:
             own = correlation[correlation["source"] == source].groupby("age")["value"].agg(["mean", "min", "max"])
             if len(own):
                 error = [own["mean"] - own["min"], own["max"] - own["mean"]]
-                look = {"color": color, "marker": marker, "capsize": 2}
-                top.errorbar(own.index, own["mean"], yerr=error, label=label, **look)
-        styles = dict(zip(_KEPT, ("dotted", "dashed", (0, (4, 1, 1, 1))), strict=True))
-        for source in _KEPT:
+                top.errorbar(*(own.index, own["mean"], error), label=label, color=color, marker=marker, capsize=2)
+        for source, line in _KEPT.items():
             own = correlation[correlation["source"] == source]["value"]
             if len(own):
-                look = s.look(s.SCHEMES, _SOURCES[source][1])
-                label = f"{_SOURCES[source][0]}"
-                top.axhline(own.mean(), color=look.color, linestyle=styles[source], linewidth=1, label=label)
+                label, scheme = _SOURCES[source]
+                top.axhline(own.mean(), color=s.look(s.SCHEMES, scheme).color, label=label, **line)
         if len(correlation) and (correlation["age"] > 0).any():
             top.set_xscale("log")
-            top.set_xticks(sorted(correlation.loc[correlation["age"] > 0, "age"].unique()))
+            top.set_xticks(_apart(correlation.loc[correlation["age"] > 0, "age"]))
             top.xaxis.set_major_formatter(ScalarFormatter())
             top.xaxis.set_minor_formatter(NullFormatter())
         top.set_xlabel("age of the scores (steps)")
@@ -85,3 +88,12 @@ def plot(table: pd.DataFrame) -> Figure:
         bottom.grid(axis="y", visible=False)
         bottom.set_xlabel("captured $\\|g\\|^2$ (%)")
     return figure
+
+
+def _apart(ages: Iterable[float]) -> list[float]:
+    """The ages whose labels have room on a logarithmic axis, from the lowest."""
+    kept: list[float] = []
+    for age in sorted(ages):
+        if not kept or age >= 1.5 * kept[-1]:
+            kept.append(age)
+    return kept
