@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from misa.models import LoadingOptions
+from misa.models import MODEL_SIZES, LoadingOptions
 from misa.training.options import CommonTrainingOptions, MemoryOptions, MethodOptions, RunOptions, parse
 from misa.training.published import translate_pretrain
 
@@ -23,9 +23,7 @@ class PretrainOptions:
 
     _argument_group_name = "model and data"
 
-    model_config: str = field(
-        metadata={"help": "2m, 7m, 9m, 17m, 34m, 60m, 130m, 350m or 1b, or a JSON file with a model configuration"}
-    )
+    model_config: str = field(metadata={"help": f"{', '.join(MODEL_SIZES)}; or a JSON file with a model configuration"})
     dataset_path: str = field(
         metadata={
             "help": "folder with train.jsonl, validation.jsonl (field text) and tokenizer/; any folder of .txt, .md, "

@@ -58,7 +58,7 @@ def plot(table: pd.DataFrame) -> Figure:
             own = correlation[correlation["source"] == source].groupby("age")["value"].agg(["mean", "min", "max"])
             if len(own):
                 error = [own["mean"] - own["min"], own["max"] - own["mean"]]
-                top.errorbar(*(own.index, own["mean"], error), label=label, color=color, marker=marker, capsize=2)
+                top.errorbar(own.index, own["mean"], yerr=error, label=label, color=color, marker=marker, capsize=2)
         for source, line in _KEPT.items():
             own = correlation[correlation["source"] == source]["value"]
             if len(own):

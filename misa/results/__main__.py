@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     existing.add_argument(
         "--replace",
         action="store_true",
-        help="the same, but runs take the place of those of the same name; scores stay unless the evaluation is "
-        "given, too",
+        help="the same, but runs take the place of those of the same name, a measurement that of the one of its "
+        "kind; scores stay unless the evaluation is given, too",
     )
     tables = verbs.add_parser(
         "tables", help="tidy tables -> scores, paired differences and published numbers, in Markdown and LaTeX"

@@ -155,7 +155,7 @@ def _at_end(best: Rates, tried: Iterable[Rates]) -> list[str]:
     """Which of the two rates is the lowest or highest tried; "yes" of one for everything."""
     of_both = zip(("matrices", "rest"), _both(best), zip(*map(_both, tried), strict=True), strict=True)
     ends = [name for name, value, values in of_both if value in (min(values), max(values))]
-    return ends if best.always_on is not None else ["yes"] * bool(ends)
+    return ["yes"] if ends and best.always_on is None else ends
 
 
 def _both(rates: Rates) -> tuple[float, float]:
