@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Number = Tensor | float
 Numbers = Tensor | list[float]
 
-LARGE_NUMEL = 1 << 16  # gradients that are worth two threads
+LARGE_NUMEL = 1 << 19  # gradients worth a second thread: waking it takes as long as reading so many on the first
 TINY = 1e-300
 
 

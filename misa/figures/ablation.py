@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from misa.figures import style as s
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-COLUMNS = ("run", "kind", "method", "seed", "eval_loss", "train_s")
+COLUMNS = ("run", "kind", "method", "seed", "eval_loss")
 
 
 def plot(table: pd.DataFrame) -> Figure:
@@ -43,8 +43,9 @@ def plot(table: pd.DataFrame) -> Figure:
         color = s.METHODS["misa"].color
         for y, row in zip(places, rows.itertuples(), strict=True):
             ax.plot(row.differences, [y] * len(row.differences), ".", color=color, alpha=0.35, markersize=4)
-            error = None if math.isnan(row.stderr) else 2 * row.stderr
-            ax.errorbar(row.difference, y, xerr=error, color=color, marker="o", markersize=3.5, capsize=2)
+            num = len(row.differences)
+            error = 2 * stdev(row.differences) / num**0.5 if num > 1 else None
+            ax.errorbar(fmean(row.differences), y, xerr=error, color=color, marker="o", markersize=3.5, capsize=2)
         ax.axvline(0, color="#777777", linewidth=0.8, linestyle=(0, (1, 1)))
         ax.set_yticks(
             places, [label.replace("eta =", "$\\eta$ =").replace("delta =", "$\\delta$ =") for label in rows["label"]]

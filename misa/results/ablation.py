@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from misa.results.paired import p_text, p_value
@@ -16,6 +17,9 @@ FACTORS = {
     "method": "variant",
     "granularity": "blocks",
     "include": "matrices",
+    "order": "order",
+    "first_pass": "first pass",
+    "sample_last": "longest idle",
     "eta": "eta",
     "budget": "delta",
     "interval": "T",
@@ -24,6 +28,9 @@ FACTORS = {
     "probe_every": "fresh scores",
     "learning_rate": "learning rate",
 }
+# How blocks are drawn, but for eta; and what belongs to a variant.
+_OF_DRAWS = ("order", "per_parameter", "probe_every")
+_OF_VARIANTS = ("first_pass", "sample_last")
 _BY_DEFAULT = "default"
 
 
@@ -35,9 +42,9 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row for each setting, the common one first: factor (what differs, comma separated; "" for the common
-        setting), label (such as "T = 50"), num_seeds, loss (mean over its seeds), difference (mean over the seeds that
-        both have), stderr of the difference (not a number for one seed), p_value (paired t test), train_s; and
-        differences, a list with one number for each seed.
+        setting), label (such as "T = 50"), num_seeds, loss (mean over its seeds), differences (from the common setting,
+        one for each seed that both have; none for the common setting itself), and from_uniform (the same from the
+        setting with uniform draws, eta 0, and all else alike; none where there is no such setting, and for itself).
 
     Raises:
         ValueError: If there are no rows, or runs of several kinds.
@@ -47,27 +54,26 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
     require_one_kind(settings)
     factors = [name for name in FACTORS if name in settings.columns]
     plain = settings.assign(**{name: settings[name].map(_plain) for name in factors})
-    groups = {tuple(key): own for key, own in plain.groupby(factors, sort=False)}
-    common = min(groups, key=lambda key: sum(_num_different(key, other) for other in groups))
-    base = groups[common].set_index("seed")["eval_loss"].astype(float)
+    groups = plain.groupby(factors, sort=False)
+    losses = {tuple(key): own.set_index("seed")["eval_loss"].astype(float) for key, own in groups}
+    common = min(losses, key=lambda key: sum(_num_different(key, other) for other in losses))
+    usual = dict(zip(factors, common, strict=True))
+    as_uniform = {name: usual[name] for name in _OF_DRAWS if name in usual} | {"eta": "0"}
     rows = []
-    for key, own in groups.items():
-        different = {name: value for name, value, usual in zip(factors, key, common, strict=True) if value != usual}
+    for key, loss in losses.items():
+        own = dict(zip(factors, key, strict=True))
+        different = {name: value for name, value in own.items() if value != usual[name]}
         if "method" in different:  # another variant has options of its own; those it lacks are no difference
-            different = {k: v for k, v in different.items() if k == "method" or v != _BY_DEFAULT}
-        loss = own.set_index("seed")["eval_loss"].astype(float)
-        paired = (loss - base).dropna()
+            left = {k: v for k, v in different.items() if k not in _OF_VARIANTS and v != _BY_DEFAULT}
+            different = {"method": different["method"], **left}
         rows.append(
             {
                 "factor": ", ".join(different),
                 "label": "; ".join(_label(name, value) for name, value in different.items()) or "common setting",
                 "num_seeds": len(loss),
                 "loss": float(loss.mean()),
-                "difference": float(paired.mean()),
-                "stderr": float(paired.sem()),
-                "p_value": p_value(paired.tolist()) if key != common else math.nan,
-                "train_s": float(own["train_s"].mean()),
-                "differences": paired.tolist(),
+                "differences": _paired(losses, key, common),
+                "from_uniform": _paired(losses, key, tuple((own | as_uniform)[name] for name in factors)),
             }
         )
     order = ["", *FACTORS]
@@ -76,23 +82,28 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablation_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cell]]]:
-    """Build the table of `compare_settings`."""
+    """Build the table of `compare_settings`: of differences the mean, its standard error, and a paired t test's p."""
+    head = ["setting", "runs", "eval loss (nats/token)", "minus common setting's, paired by seed", "p"]
+    head += ["minus uniform draws', paired by seed", "p"]
     rows: list[list[str | Cell]] = []
     for row in compare_settings(settings).to_dict("records"):
-        is_common = row["factor"] == ""
-        difference: str | Cell = "" if is_common else Cell(row["difference"], row["stderr"])
-        rows.append(
-            [
-                row["label"],
-                str(row["num_seeds"]),
-                Cell(row["loss"]),
-                difference,
-                p_text(row["p_value"]),
-                Cell(row["train_s"]),
-            ]
-        )
-    head = ["setting", "runs", "eval loss (nats/token)", "difference, paired by seed", "p", "training (s)"]
+        start: list[str | Cell] = [row["label"], str(row["num_seeds"]), Cell(row["loss"])]
+        rows.append([*start, *_difference(row["differences"]), *_difference(row["from_uniform"])])
     return head, rows
+
+
+def _paired(
+    losses: dict[tuple[str, ...], pd.Series[float]], one: tuple[str, ...], other: tuple[str, ...]
+) -> list[float]:
+    """Differences of the losses of two settings over the seeds that both have."""
+    return [] if one == other or other not in losses else (losses[one] - losses[other]).dropna().tolist()
+
+
+def _difference(values: list[float]) -> tuple[str | Cell, str]:
+    if not values:
+        return "", ""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Cell(fmean(values), error), p_text(p_value(values))
 
 
 def _plain(value: object) -> str:

@@ -36,6 +36,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "settings": (
         *("run", "kind", "method", "seed", "data", "learning_rate", "always_on_lr", "include"),
         *("granularity", "budget", "num_blocks", "interval", "eta", "state_policy", "per_parameter", "probe_every"),
+        *("order", "first_pass", "sample_last"),
         *("num_steps", "eval_loss", "train_s"),
     ),
     "runs": _RUN_COLUMNS,

@@ -103,7 +103,7 @@ def settings():
     return pd.DataFrame(
         [
             {"run": f"{i}-s{seed}", "kind": "pretrain", "seed": seed, **common, **other}
-            | {"eval_loss": 5 + seed + i / 10, "train_s": 100.0}
+            | {"eval_loss": 5 + seed + i / 10}
             for seed in (0, 1)
             for i, other in enumerate([{}, *others])
         ]

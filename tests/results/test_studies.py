@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 
 from misa.results.__main__ import main
-from misa.results.ablation import compare_settings
+from misa.results.ablation import ablation_table, compare_settings
 from misa.results.paired import paired_table
+from misa.results.tables import Cell
 from misa.results.tuning import Rates, chosen_rates
 
 INF = float("inf")
@@ -146,10 +147,12 @@ def test_rate_in_a_sheet_that_is_no_number_is_named_with_its_run(
 
 def ablation() -> pd.DataFrame:
     common = {"kind": "pretrain", "method": "misa", "granularity": "matrix", "eta": "auto", "interval": 10}
-    different = [{}, {"eta": "0.0"}, {"interval": 50}, {"method": "misa_official", "eta": "auto"}]
+    common |= {"probe_every": 0}
+    different = [{}, {"eta": "0.0"}, {"interval": 50}, {"method": "misa_official"}]
+    different += [{"eta": "0.0", "interval": 50}, {"probe_every": 1}]
     return pd.DataFrame(
         [
-            {**common, **other, "run": f"{i}-s{seed}", "seed": seed, "train_s": 10.0 + i}
+            {**common, **other, "run": f"{i}-s{seed}", "seed": seed}
             | {"eval_loss": 5 + seed + 0.11 * i + 0.01 * (seed - 1) * i}
             for i, other in enumerate(different)
             for seed in range(3)
@@ -157,15 +160,27 @@ def ablation() -> pd.DataFrame:
     )
 
 
-def test_settings_are_paired_by_seed_with_the_common_one() -> None:
+def test_settings_are_paired_by_seed_with_the_common_one_and_with_uniform_draws() -> None:
     found = compare_settings(ablation()).set_index("label")
-    assert list(found.index) == ["common setting", "MISA, authors' code", "eta = 0", "T = 50"]
-    # Seeds differ by 1, settings by a ninth: without pairing, nothing could be told apart.
-    assert found.loc["eta = 0", "difference"] == pytest.approx(0.11)
-    assert found.loc["eta = 0", "stderr"] == pytest.approx(0.01 / 3**0.5)
-    assert found.loc["eta = 0", "p_value"] == pytest.approx(0.0027, abs=1e-4)
+    both = ["eta = 0", "eta = 0; T = 50"]
+    assert list(found.index) == ["common setting", "MISA, authors' code", *both, "T = 50", "fresh scores = 1"]
     assert found.loc["T = 50", "differences"] == pytest.approx([0.2, 0.22, 0.24])
     assert found.loc["T = 50", "num_seeds"] == 3
+    # With uniform draws of the same interval; of any scores; of no other variant, and not with itself.
+    assert found.loc["T = 50", "from_uniform"] == pytest.approx([-0.2, -0.22, -0.24])
+    assert found.loc["common setting", "from_uniform"] == pytest.approx([-0.1, -0.11, -0.12])
+    assert found.loc["fresh scores = 1", "from_uniform"] == pytest.approx([0.4, 0.44, 0.48])
+    assert not any(found.loc[[*both, "MISA, authors' code"], "from_uniform"])
+
+
+def test_an_ablation_s_table_has_means_errors_and_p_values() -> None:
+    head, rows = ablation_table(ablation())
+    assert [len(row) for row in rows] == [len(head)] * 6
+    # Seeds differ by 1, settings by a ninth: without pairing, nothing could be told apart.
+    label, num_seeds, _, difference, p, *uniform = next(row for row in rows if row[0] == "eta = 0")
+    assert (label, num_seeds, p, uniform) == ("eta = 0", "3", "0.0027", ["", ""])
+    assert isinstance(difference, Cell)
+    assert (difference.value, difference.stderr) == (pytest.approx(0.11), pytest.approx(0.01 / 3**0.5))
 
 
 def test_one_seed_has_differences_without_errors(tmp_path: Path) -> None:
@@ -173,11 +188,10 @@ def test_one_seed_has_differences_without_errors(tmp_path: Path) -> None:
     ablation()[lambda rows: rows["seed"] == 1].to_csv(table, index=False)
     assert main(["ablation", "--table", str(table), "--output_dir", str(tmp_path)]) == 0
     lines = (tmp_path / "ablation.md").read_text().splitlines()
-    assert lines[2:] == [
-        "| common setting | 1 | 6.00 |  |  | 10.0 |",
-        "| MISA, authors' code | 1 | 6.33 | 0.330 |  | 13.0 |",
-        "| eta = 0 | 1 | 6.11 | 0.110 |  | 11.0 |",
-        "| T = 50 | 1 | 6.22 | 0.220 |  | 12.0 |",
+    assert lines[2:5] == [
+        "| common setting | 1 | 6.00 |  |  | -0.110 |  |",
+        "| MISA, authors' code | 1 | 6.33 | 0.330 |  |  |  |",
+        "| eta = 0 | 1 | 6.11 | 0.110 |  |  |  |",
     ]
 
 
