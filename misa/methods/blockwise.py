@@ -25,6 +25,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "step_in_backward": False,
     "shard_state": False,
     "inner": "adamw",
+    "record": None,
 }
 
 # What happens to the active weights; None is the engine's own AdamW.

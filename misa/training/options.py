@@ -99,6 +99,9 @@ class MethodOptions:
         None, "in data parallel training, let each process keep the moments of a share of what is on"
     )
     inner: str | None = _option(None, "what happens to the active blocks: adamw or sgd")
+    record: str | None = _option(
+        None, "JSONL file that gets a line for every round: blocks, probabilities, scores, norms, bytes"
+    )
     lora_r: int | None = _option(None, "rank of the adapters")
     lora_alpha: float | None = _option(None, "scale of the adapters")
     lora_dropout: float | None = _option(None, "dropout before the adapters")

@@ -28,7 +28,10 @@ from .conftest import Killed, outcome
 def test_finetuning_writes_a_loadable_model_and_its_result(
     finetune: Callable[..., int], small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune("misa-s0", "--eval_on_start", method="misa", budget=0.2, interval=2, max_steps=40) == 0
+    rounds = tmp_path / "rounds.jsonl"
+    assert (
+        finetune("misa-s0", "--eval_on_start", method="misa", budget=0.2, interval=2, max_steps=40, record=rounds) == 0
+    )
     result = read_result(tmp_path / "misa-s0")
     assert (result.run, result.kind, result.method, result.seed) == ("misa-s0", "finetune", "misa", 0)
     assert (result.model, result.data) == ("model", "instructions")
@@ -57,6 +60,10 @@ def test_finetuning_writes_a_loadable_model_and_its_result(
     budget = 0.2 * sum(p.numel() for p in model.parameters())
     active = [point.value for point in points if point.metric == "active_numel"]
     assert 0 < max(active) <= budget
+    recorded = [json.loads(line) for line in rounds.read_text().splitlines()]
+    assert [line["steps"] for line in recorded] == [2] * 20
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert {sum(sizes[f"{name}.weight"] for name in line["active"]) for line in recorded} >= set(active)
     # Two moments in float32 for what is active at most, and not a byte more.
     assert 8 * min(active) <= result.peaks["state_bytes"] <= 8 * budget
     assert result.peaks["rss_bytes"] > 2**27
