@@ -109,18 +109,17 @@ class BlockSampler:
         return self._fill(ranking, self._fill(idle))
 
     def _draw_cyclic(self) -> list[int]:
-        """The next blocks of the cycle, in order; what does not fit any more waits for the next round."""
+        """The next blocks of the cycle and then of the following one; what does not fit waits for the next round."""
         chosen: list[int] = []
         used = 0
         while len(chosen) < self._num_blocks:
-            if not self._cycle:
-                if chosen:
-                    break
-                self._cycle = self._new_cycle()
-            if used + self._numels[self._cycle[0]] > self._max_numel:
+            if not self._cycle:  # what is on already comes last in the new cycle
+                self._cycle = sorted(self._new_cycle(), key=chosen.__contains__)
+            following = self._cycle[0]
+            if following in chosen or used + self._numels[following] > self._max_numel:
                 break
             chosen.append(self._cycle.pop(0))
-            used += self._numels[chosen[-1]]
+            used += self._numels[following]
         return chosen
 
     def _new_cycle(self) -> list[int]:

@@ -90,7 +90,8 @@ def test_uniform_order_ignores_the_probabilities():
     [
         ("ascending", 1, [(0,), (1,), (2,), (0,), (1,)]),
         ("descending", 1, [(2,), (1,), (0,), (2,), (1,)]),
-        ("ascending", 2, [(0, 1), (2,), (0, 1), (2,), (0, 1)]),
+        ("ascending", 2, [(0, 1), (0, 2), (1, 2), (0, 1), (0, 2)]),
+        ("ascending", 3, [(0, 1, 2)] * 5),
     ],
 )
 def test_cyclic_order_visits_blocks_in_turn(order, num_blocks, expected):
@@ -103,6 +104,18 @@ def test_shuffled_order_visits_every_block_once_a_cycle_in_changing_orders():
     cycles = [[sampler.draw(uniform(6))[0] for _ in range(6)] for _ in range(4)]
     assert all(sorted(c) == list(range(6)) for c in cycles)
     assert len({tuple(c) for c in cycles}) > 1
+
+
+def test_a_round_is_filled_from_the_next_cycle():
+    numels, limit = [1, 2, 3, 1, 2, 3, 2], 5
+    sampler = BlockSampler(numels, "shuffled", max_numel=limit, seed=2)
+    counts = [0] * 7
+    for _ in range(60):
+        drawn = sampler.draw(uniform(7))
+        assert sum(numels[i] for i in drawn) + max(numels) > limit  # no round is left half empty
+        for i in drawn:
+            counts[i] += 1
+        assert max(counts) - min(counts) <= 1  # no block is on again before all others were
 
 
 def test_first_pass_uses_every_block_once_in_order_before_any_twice():
