@@ -47,13 +47,16 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
         setting with uniform draws, eta 0, and all else alike; none where there is no such setting, and for itself).
 
     Raises:
-        ValueError: If there are no rows, or runs of several kinds.
+        ValueError: If there are no rows, runs of several kinds, or several of one setting and seed.
     """
     import pandas as pd
 
     require_one_kind(settings)
     factors = [name for name in FACTORS if name in settings.columns]
     plain = settings.assign(**{name: settings[name].map(_plain) for name in factors})
+    if (same := plain.duplicated([*factors, "seed"], keep=False)).any():
+        names = ", ".join(map(str, plain.loc[same, "run"]))
+        raise ValueError(f"several runs of one setting and seed: {names}")
     groups = plain.groupby(factors, sort=False)
     losses = {tuple(key): own.set_index("seed")["eval_loss"].astype(float) for key, own in groups}
     common = min(losses, key=lambda key: sum(_num_different(key, other) for other in losses))

@@ -173,6 +173,12 @@ def test_settings_are_paired_by_seed_with_the_common_one_and_with_uniform_draws(
     assert not any(found.loc[[*both, "MISA, authors' code"], "from_uniform"])
 
 
+def test_two_runs_of_one_setting_and_seed_are_refused() -> None:
+    table = ablation()
+    with pytest.raises(ValueError, match="several runs of one setting and seed: 2-s1, 4-s1"):
+        compare_settings(table.assign(eta=table["eta"].where(table["run"] != "4-s1", "auto")))
+
+
 def test_an_ablation_s_table_has_means_errors_and_p_values() -> None:
     head, rows = ablation_table(ablation())
     assert [len(row) for row in rows] == [len(head)] * 6
