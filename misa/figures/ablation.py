@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = ("run", "kind", "method", "seed", "eval_loss")
+_FAR = 3  # times what eight of ten differences stay within
 
 
 def plot(table: pd.DataFrame) -> Figure:
     """Draw the difference of every setting from the common one; right is worse.
 
-    Faint points are seeds, full ones means with two standard errors of the paired difference.
+    Faint points are seeds, full ones means with two standard errors of the paired difference. A mean far beyond the
+    others is a number at the edge.
 
     Args:
         table: Tidy table `settings.csv`, runs of one kind.
@@ -41,11 +43,17 @@ def plot(table: pd.DataFrame) -> Figure:
         figure = s.new_figure(0.75 + 0.145 * (places[-1] + 1))
         ax = figure.subplots()
         color = s.METHODS["misa"].color
-        for y, row in zip(places, rows.itertuples(), strict=True):
-            ax.plot(row.differences, [y] * len(row.differences), ".", color=color, alpha=0.35, markersize=4)
-            num = len(row.differences)
-            error = 2 * stdev(row.differences) / num**0.5 if num > 1 else None
-            ax.errorbar(fmean(row.differences), y, xerr=error, color=color, marker="o", markersize=3.5, capsize=2)
+        means = rows["differences"].map(fmean)
+        far = means.abs() > _FAR * means.abs().quantile(0.8)
+        for y, mean, is_far, differences in zip(places, means, far, rows["differences"], strict=True):
+            if is_far:
+                side, align = (0.98, "right") if mean > 0 else (0.02, "left")
+                text = f"{mean:+.2f} $\\rightarrow$" if mean > 0 else f"$\\leftarrow$ {mean:+.2f}"
+                ax.text(side, y, text, color=color, ha=align, va="center", transform=ax.get_yaxis_transform())
+                continue
+            ax.plot(differences, [y] * len(differences), ".", color=color, alpha=0.35, markersize=4)
+            error = 2 * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+            ax.errorbar(mean, y, xerr=error, color=color, marker="o", markersize=3.5, capsize=2)
         ax.axvline(0, color="#777777", linewidth=0.8, linestyle=(0, (1, 1)))
         ax.set_yticks(
             places, [label.replace("eta =", "$\\eta$ =").replace("delta =", "$\\delta$ =") for label in rows["label"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from misa.results.paired import p_text, p_value
 from misa.results.tables import Cell, require_one_kind
@@ -62,7 +62,7 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
     common = min(losses, key=lambda key: sum(_num_different(key, other) for other in losses))
     usual = dict(zip(factors, common, strict=True))
     as_uniform = {name: usual[name] for name in _OF_DRAWS if name in usual} | {"eta": "0"}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for key, loss in losses.items():
         own = dict(zip(factors, key, strict=True))
         different = {name: value for name, value in own.items() if value != usual[name]}

@@ -369,6 +369,11 @@ def test_ablation_shows_each_setting_once_with_its_paired_difference():
     ]
     means = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert means == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    table = settings()
+    table.loc[table["method"] == "misa_paper", "eval_loss"] += 9  # one far off leaves the others their room
+    axes = plot("ablation", table).axes[0]
+    assert axes.get_xlim()[1] < 1
+    assert [text.get_text() for text in axes.texts] == ["+9.10 $\\rightarrow$"]
     with pytest.raises(ValueError, match="all runs of the table have the same setting"):
         plot("ablation", settings().iloc[:1])
 
