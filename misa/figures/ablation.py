@@ -34,7 +34,8 @@ def plot(table: pd.DataFrame) -> Figure:
     from misa.results.ablation import compare_settings
 
     rows = compare_settings(table)
-    common, rows = rows[rows["factor"] == ""], rows[rows["factor"] != ""].reset_index(drop=True)
+    common = rows[rows["factor"] == ""]
+    rows = rows[rows["differences"].map(len) > 0].reset_index(drop=True)  # what shares no seed with it cannot be shown
     if rows.empty:
         raise ValueError("all runs of the table have the same setting")
     gaps = (rows["factor"] != rows["factor"].shift()).cumsum() - 1
