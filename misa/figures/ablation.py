@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from misa.figures import style as s
@@ -31,7 +30,10 @@ def plot(table: pd.DataFrame) -> Figure:
         ValueError: If columns are missing, there are no rows, or nothing differs.
     """
     s.require(table, COLUMNS)
+    import numpy as np
+
     from misa.results.ablation import compare_settings
+    from misa.results.paired import mean_and_error
 
     rows = compare_settings(table)
     common = rows[rows["factor"] == ""]
@@ -44,17 +46,16 @@ def plot(table: pd.DataFrame) -> Figure:
         figure = s.new_figure(0.75 + 0.145 * (places[-1] + 1))
         ax = figure.subplots()
         color = s.METHODS["misa"].color
-        means = rows["differences"].map(fmean)
-        far = means.abs() > _FAR * means.abs().quantile(0.8)
-        for y, mean, is_far, differences in zip(places, means, far, rows["differences"], strict=True):
-            if is_far:
+        means, errors = zip(*rows["differences"].map(mean_and_error), strict=True)
+        most = _FAR * np.quantile(np.abs(means), 0.8)
+        for y, mean, error, differences in zip(places, means, errors, rows["differences"], strict=True):
+            if abs(mean) > most:
                 side, align = (0.98, "right") if mean > 0 else (0.02, "left")
                 text = f"{mean:+.2f} $\\rightarrow$" if mean > 0 else f"$\\leftarrow$ {mean:+.2f}"
                 ax.text(side, y, text, color=color, ha=align, va="center", transform=ax.get_yaxis_transform())
                 continue
             ax.plot(differences, [y] * len(differences), ".", color=color, alpha=0.35, markersize=4)
-            error = 2 * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-            ax.errorbar(mean, y, xerr=error, color=color, marker="o", markersize=3.5, capsize=2)
+            ax.errorbar(mean, y, xerr=2 * error, color=color, marker="o", markersize=3.5, capsize=2)
         ax.axvline(0, color="#777777", linewidth=0.8, linestyle=(0, (1, 1)))
         ax.set_yticks(
             places, [label.replace("eta =", "$\\eta$ =").replace("delta =", "$\\delta$ =") for label in rows["label"]]

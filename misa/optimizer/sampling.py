@@ -110,7 +110,7 @@ class BlockSampler:
 
     def _draw_cyclic(self) -> list[int]:
         """The next blocks of the cycle and then of the following one; what does not fit waits for the next round."""
-        chosen: list[int] = []
+        chosen: dict[int, None] = {}
         used = 0
         while len(chosen) < self._num_blocks:
             if not self._cycle:  # what is on already comes last in the new cycle
@@ -118,9 +118,9 @@ class BlockSampler:
             following = self._cycle[0]
             if following in chosen or used + self._numels[following] > self._max_numel:
                 break
-            chosen.append(self._cycle.pop(0))
+            chosen[self._cycle.pop(0)] = None
             used += self._numels[following]
-        return chosen
+        return list(chosen)
 
     def _new_cycle(self) -> list[int]:
         indices = [i for i in range(len(self._numels)) if self._fits(i)]

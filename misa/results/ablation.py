@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from misa.results.paired import p_text, p_value
+from misa.results.paired import mean_and_error, p_text, p_value
 from misa.results.tables import Cell, require_one_kind
 
 if TYPE_CHECKING:
@@ -103,10 +102,7 @@ def _paired(
 
 
 def _difference(values: list[float]) -> tuple[str | Cell, str]:
-    if not values:
-        return "", ""
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Cell(fmean(values), error), p_text(p_value(values))
+    return (Cell(*mean_and_error(values)), p_text(p_value(values))) if values else ("", "")
 
 
 def _plain(value: object) -> str:

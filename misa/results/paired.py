@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from misa.results.tables import Cell, write_table
@@ -58,6 +59,11 @@ def write_paired_table(tables_dir: str | Path, output_dir: str | Path) -> list[P
 
     head, rows = paired_table(read_table(Path(tables_dir) / "settings.csv"))
     return write_table("paired", head, rows, output_dir, empty="No runs to compare with MISA yet.\n")
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean of at least one value, and its standard error, which is not a number for one."""
+    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def p_value(differences: list[float]) -> float:

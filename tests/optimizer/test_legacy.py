@@ -72,6 +72,16 @@ def test_layer_in_a_cyclic_order_is_badam(order):
     assert same(model, twin)
 
 
+def test_several_layers_in_turn_wrap_as_in_their_code():
+    model = llama(3)
+    optimizer = legacy(model, granularity="layer", update_order="ascending", activated_layers=2, interval_steps=1)
+    following = 0
+    for _ in range(7):  # theirs: the layers after the last one that was on, modulo their number
+        assert set(optimizer.active) == {f"model.layers.{(following + k) % 3}" for k in range(2)}
+        following += 2
+        train(model, optimizer, 1)
+
+
 def test_random_layers_with_embeddings_and_head_are_lisa():
     model, twin = llama(), llama()
     arguments = {"granularity": "layer", "update_order": "random", "include_embedding_and_lm_head": True}

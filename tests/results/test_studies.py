@@ -194,10 +194,13 @@ def test_one_seed_has_differences_without_errors(tmp_path: Path) -> None:
     ablation()[lambda rows: rows["seed"] == 1].to_csv(table, index=False)
     assert main(["ablation", "--table", str(table), "--output_dir", str(tmp_path)]) == 0
     lines = (tmp_path / "ablation.md").read_text().splitlines()
-    assert lines[2:5] == [
+    assert lines[2:] == [
         "| common setting | 1 | 6.00 |  |  | -0.110 |  |",
         "| MISA, authors' code | 1 | 6.33 | 0.330 |  |  |  |",
         "| eta = 0 | 1 | 6.11 | 0.110 |  |  |  |",
+        "| eta = 0; T = 50 | 1 | 6.44 | 0.440 |  |  |  |",
+        "| T = 50 | 1 | 6.22 | 0.220 |  | -0.220 |  |",
+        "| fresh scores = 1 | 1 | 6.55 | 0.550 |  | 0.440 |  |",
     ]
 
 
