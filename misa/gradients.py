@@ -55,10 +55,10 @@ class NormSums:
     """
 
     def __init__(self, blocks: tuple[int, ...], squared: bool) -> None:
-        self.num_good: Tensor | int = 0  # steps that entered the sums
         self._blocks = blocks
         self._squared = squared
-        self._sums: Any = None
+        self._sums: Numbers = []  # one for each block, and last of no block
+        self._num_good: Tensor | int = 0
         self._zero: Tensor | None = None
         self._lengths: Tensor | None = None
         self._num_lengths = 0  # gradients that `_lengths` is made for
@@ -78,7 +78,10 @@ class NormSums:
             return list(counts.values())
         if self._zero is None:
             self._zero = torch.zeros((), device=device)
-        there = [torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms]
+        there = [
+            norm if isinstance(norm, Tensor) and norm.device == device else torch.tensor(float(norm), device=device)
+            for norm in norms
+        ]
         if tuple(blocks) == self._blocks:  # one gradient each, and none of no block: nothing to sum, fewer kernels
             return torch.stack([*there, self._zero]).square_()
         if self._lengths is None or self._num_lengths != len(norms):
@@ -92,24 +95,25 @@ class NormSums:
 
     def add(self, squares: Numbers, good: Tensor | bool) -> None:
         """Add a step's squared norms, as `squares` returns them, if the step was taken."""
-        scored = squares[: len(self._blocks)]
-        if not self._squared:
-            scored = each(lambda x: x**0.5, scored)
-        if isinstance(scored, Tensor):
-            scored = torch.where(torch.as_tensor(good, device=scored.device), scored, 0)
-            self._sums = scored if self._sums is None else self._sums + scored
+        if isinstance(squares, Tensor):
+            row = squares if self._squared else squares.sqrt()
+            if not isinstance(self._sums, Tensor):
+                self._sums = torch.tensor(self._sums or [0.0] * len(row), device=row.device)
+            self._sums = torch.where(torch.as_tensor(good), self._sums + row, self._sums)
         elif good:
-            self._sums = scored if self._sums is None else [a + b for a, b in zip(self._sums, scored, strict=True)]
-        self.num_good = self.num_good + good
+            row = squares if self._squared else [x**0.5 for x in squares]
+            self._sums = [a + b for a, b in zip(self._sums, row, strict=True)] if self._sums else row
+        self._num_good = self._num_good + good
 
-    def read(self) -> list[float]:
-        """The sums so far; empty before the first step. The one read of the device."""
-        return self._sums.tolist() if isinstance(self._sums, Tensor) else list(self._sums or ())
+    def read(self) -> tuple[list[float], int]:
+        """The sums so far, one for each block, empty before the first good step, and how many steps entered them."""
+        num_good = int(self._num_good)
+        sums = self._sums.tolist() if isinstance(self._sums, Tensor) else self._sums
+        return sums[: len(self._blocks)] if num_good else [], num_good
 
-    def write(self, sums: list[float], num_good: int, device: torch.device) -> None:
-        """Continue with sums that were read."""
-        self._sums = (sums if device.type == "cpu" else torch.tensor(sums, device=device)) if sums else None
-        self.num_good = num_good
+    def write(self, sums: list[float], num_good: int) -> None:
+        """Continue with what was read."""
+        self._sums, self._num_good = [*sums, 0.0] if sums else [], num_good
 
 
 class Probe:

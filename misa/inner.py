@@ -111,11 +111,11 @@ class FusedAdamW:
         self._sources = [self._weights.get(p, p) for p in self._all]
         self._plan: _Plan | None = None
 
-    def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+    def update(self, good: Tensor | bool = True, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient.
 
         Args:
-            found_inf: 1.0 where the step must change nothing, else 0.0; None is 0.0.
+            good: Whether to take it, True or a boolean that lies on a device; otherwise nothing changes.
             grad_scale: What the gradients are to be divided by, or None.
         """
         if self._plan is None or any(w.grad is None for w in self._sources):
@@ -124,9 +124,10 @@ class FusedAdamW:
         else:
             plan = self._plan
         for counters in plan.counters:
-            counters.add_(1.0 if found_inf is None else 1.0 - found_inf.to(counters.device))
+            counters.add_(1.0 if good is True else torch.as_tensor(good).to(counters.device))
         for room in plan.rooms:
             room.untyped_storage().resize_(room.numel() * room.element_size())
+        found_inf = skip_flag(good)
         for batch in plan.batches:
             batch.step(found_inf, grad_scale)
         plan.free_rooms()
@@ -253,6 +254,14 @@ class _Batch:
             torch._foreach_copy_(self.weights, self.targets)
 
 
+def skip_flag(good: Tensor | bool) -> Tensor | None:
+    """What the fused kernel calls `found_inf`: 1.0 where a step must change nothing, else 0.0; None for True."""
+    if good is True:
+        return None
+    good = torch.as_tensor(good)
+    return torch.logical_not(good, out=torch.empty((), dtype=torch.float32, device=good.device))
+
+
 def _length(p: Tensor, part: slice | None) -> int:
     return p.numel() if part is None else part.stop - part.start
 
@@ -301,7 +310,7 @@ class BoundedAdam(torch.optim.Optimizer):
         self._momentum_step = momentum_step
 
     @torch.no_grad()
-    def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+    def update(self, good: Tensor | bool = True, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient; arguments as for `FusedAdamW.update`."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -319,11 +328,11 @@ class BoundedAdam(torch.optim.Optimizer):
                 new_v = torch.addcmul(v * beta2, grad, grad, value=1 - beta2)
                 bounded = torch.maximum(new_v, state["bound"])
                 change = group["lr"] * new_m / (bounded + group["eps"]).sqrt() + group["lr"] * group["weight_decay"] * p
-                good = torch.ones((), dtype=torch.bool) if found_inf is None else found_inf.to(p.device) == 0
-                p.sub_(torch.where(good, change, 0))
-                m.copy_(torch.where(good, new_m, m))
-                v.copy_(torch.where(good, new_v, v))
-                state["bound"].copy_(torch.where(good, bounded.max(), state["bound"]))
+                taken = torch.as_tensor(good).to(p.device)
+                p.sub_(torch.where(taken, change, 0))
+                m.copy_(torch.where(taken, new_m, m))
+                v.copy_(torch.where(taken, new_v, v))
+                state["bound"].copy_(torch.where(taken, bounded.max(), state["bound"]))
 
     @torch.no_grad()
     def finish(self) -> None:

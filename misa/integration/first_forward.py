@@ -44,9 +44,11 @@ class FirstForward:
         Args:
             num_blocks: Blocks of the model; compiled layers make about one graph for each.
         """
+        if not self.compiled or self._has_warned:  # first, because looking the limits up takes as long as a small step
+            return
         config = sys.modules.get("torch._dynamo.config")
         limit = min(getattr(config, name, 0) for name in ("recompile_limit", "accumulated_recompile_limit"))
-        if not self.compiled or self._has_warned or limit >= num_blocks * (2 if self.compiled == "model" else 1):
+        if limit >= num_blocks * (2 if self.compiled == "model" else 1):
             return
         self._has_warned = True
         one_by_one = "compile the repeated layers one by one (`for layer in layers: layer.compile()`), so that a graph "

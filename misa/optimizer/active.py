@@ -66,11 +66,11 @@ class ActiveSet:
             return [e for e in self.entries if e.norm is not None]
         return [e for e in self.entries if e.param.grad is not None]
 
-    def step(self, entries: list[Entry], scale: Tensor | None, overflow: Tensor | None) -> Tensor | bool:
+    def step(self, entries: list[Entry], scale: Tensor | None, overflow: Tensor | None) -> None:
         """One step of the inner optimizer, on what `with_gradient` returned.
 
         A `GradScaler` has multiplied the gradients by `scale`, unless it is None, and says by `overflow` whether to
-        skip the step. Returned is whether it was taken (not for NaN or infinite gradients); on a GPU that stays there.
+        skip the step. It is also skipped for NaN or infinite gradients.
         """
         if self._settings.step_in_backward and overflow is not None:
             raise ValueError("step_in_backward=True: cannot be driven by a GradScaler; use bf16 instead of fp16")
@@ -89,7 +89,6 @@ class ActiveSet:
         self.norms.add(squares, good)
         for e in entries:
             e.norm = None
-        return good
 
     def _squares(self, blocks: list[int], norms: list[Number]) -> Numbers:
         squares: Numbers = self._workers.total(self.norms.squares(blocks, norms))
@@ -179,15 +178,14 @@ class ActiveSet:
         # A plain torch optimizer cannot skip on the device: read the flag.
         if good is False or not (hasattr(inner, "update") or bool(good)):
             return
-        found_inf = None if good is True else 1.0 - torch.as_tensor(good).float()
         if isinstance(inner, FusedAdamW):
-            inner.update(found_inf, scale)
+            inner.update(good, scale)
         else:
             for e in entries:
                 if e.master is not None and e.local.grad is not None:
                     e.master.grad = e.local.grad.float()
             if hasattr(inner, "update"):
-                inner.update(found_inf, scale)
+                inner.update(good, scale)
             else:
                 if scale is not None:
                     torch._foreach_mul_([g for e in entries if (g := e.target.grad) is not None], 1 / scale)

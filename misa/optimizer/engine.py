@@ -102,7 +102,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._scores = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._counts = torch.zeros(len(self.blocks), dtype=torch.float64)
         self._rounding = torch.Generator().manual_seed(settings.seed)
-        self._num_good: Tensor | int = 0  # steps taken
+        self._num_good = 0  # steps taken in finished rounds
         self._gathered: dict[str, Any] | None = None  # state of all processes, until the next step
         self._probe = Probe(self._workers)
         for p in self._owned:
@@ -138,7 +138,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     @property
     def num_skipped_steps(self) -> int:
         """Steps skipped because a gradient was NaN or infinite (reads the device)."""
-        return self._num_steps - int(self._num_good)
+        return self._num_steps - self._num_good - self._on.norms.read()[1]
 
     @property
     def active_numel(self) -> int:
@@ -186,8 +186,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._gathered = None
         found = getattr(self, "found_inf", None)  # set by a GradScaler, with grad_scale unless it has unscaled
         overflow = None if found is None else torch.as_tensor(found)
-        good = self._on.step(entries, getattr(self, "grad_scale", None), overflow)
-        self._num_good = self._num_good + good
+        self._on.step(entries, getattr(self, "grad_scale", None), overflow)
         self._num_steps += 1
         self._step_in_round += 1
         if self._step_in_round >= self._round_length:
@@ -251,6 +250,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Free all state and leave `requires_grad` of every parameter, and the model's checkpointing, as found."""
         self._stop_probe()
         self._on.detach()
+        self._num_good += self._on.norms.read()[1]
         self._on = self._active_set()
         for e in self._entries.values():
             e.drop_state(keep_residual=False)
@@ -317,7 +317,9 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Finish the inner rule, update the scores, draw again, and free what went off."""
         self._on.finish()
         self._workers.require_equal()
-        measured, seen = self._workers.mean(*self._measured())
+        sums, num_good = self._on.norms.read()
+        self._num_good += num_good
+        measured, seen = self._workers.mean(*self._measured(sums, num_good))
         self._scores, self._counts = importance.update(self._scores, self._counts, measured, seen, self.settings.score)
         if self._record is not None:
             self._record.append(self, measured)
@@ -336,14 +338,13 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
                 e.move_state("cpu")
         self._on.prepare()
 
-    def _measured(self) -> tuple[Tensor, Tensor]:
+    def _measured(self, sums: list[float], num_good: int) -> tuple[Tensor, Tensor]:
         """The round's mean of what is scored, for every block, and which blocks were measured."""
         rule = self.settings.score
         found: dict[int, float] = {}
-        if num_good := int(self._on.norms.num_good):
+        if num_good:
             num_steps = self.settings.interval if rule.per_interval else num_good
-            sums = zip(self._active, self._on.norms.read(), strict=True)
-            found = {i: total / num_steps for i, total in sums}
+            found = {i: total / num_steps for i, total in zip(self._active, sums, strict=True)}
         for i, square in self._probe.squares(self._on.unscale).items():
             found[i] = square if rule.squared else square**0.5
         values, seen = [0.0] * len(self.blocks), [False] * len(self.blocks)

@@ -50,15 +50,16 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
         | {"params": [name_of[p] for p in g["params"] if p in name_of]}
         for g in optimizer.param_groups
     ]
+    sums, num_good = optimizer._on.norms.read()
     held_by_us = {
         "format": FORMAT,
         "blocks": _layout(optimizer),
         **{name: getattr(optimizer, f"_{name}") for name in NUMBERS},
         **{name: getattr(optimizer, f"_{name}").clone() for name in TENSORS},
         "active": list(optimizer._active),
-        "sums": optimizer._on.norms.read(),
-        "num_good_in_round": int(optimizer._on.norms.num_good),
-        "num_good": int(optimizer._num_good),
+        "sums": sums,
+        "num_good_in_round": num_good,
+        "num_good": optimizer._num_good + num_good,
         "sampler": optimizer._sampler.state_dict(),
         "rounding": optimizer._rounding.get_state(),
     }
@@ -89,10 +90,10 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
         setattr(optimizer, f"_{name}", held[name].cpu().clone())
     optimizer._sampler.load_state_dict(held["sampler"])
     optimizer._rounding.set_state(held["rounding"].cpu())
-    optimizer._num_good = held["num_good"]
+    optimizer._num_good = held["num_good"] - held["num_good_in_round"]
     optimizer._switch_to(tuple(held["active"]))
     on = dict.fromkeys(optimizer._on.entries)
-    optimizer._on.norms.write(held["sums"], held["num_good_in_round"], next(iter(on)).param.device)
+    optimizer._on.norms.write(held["sums"], held["num_good_in_round"])
     for e in optimizer._entries.values():
         device = e.param.device if e in on else None
         found = saved["state"].get(e.name, {})
