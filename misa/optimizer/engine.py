@@ -347,12 +347,12 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             found = {i: total / num_steps for i, total in zip(self._active, sums, strict=True)}
         for i, square in self._probe.squares(self._on.unscale).items():
             found[i] = square if rule.squared else square**0.5
-        values, seen = [0.0] * len(self.blocks), [False] * len(self.blocks)
-        for i, value in found.items():
-            if math.isfinite(value):
-                values[i], seen[i] = value, True
-        measured = torch.tensor(values, dtype=torch.float64)
-        return measured / self._numels if rule.per_parameter else measured, torch.tensor(seen)
+        found = {i: value for i, value in found.items() if math.isfinite(value)}
+        measured, seen = torch.zeros_like(self._scores), torch.zeros(len(self.blocks), dtype=torch.bool)
+        indices = torch.tensor(list(found), dtype=torch.long)
+        measured[indices] = torch.tensor(list(found.values()), dtype=torch.float64)
+        seen[indices] = True
+        return measured / self._numels if rule.per_parameter else measured, seen
 
     def _start_probe_if_due(self) -> None:
         """For the last step of every so many rounds, switch all blocks on; see `Probe`."""
