@@ -348,10 +348,10 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         for i, square in self._probe.squares(self._on.unscale).items():
             found[i] = square if rule.squared else square**0.5
         found = {i: value for i, value in found.items() if math.isfinite(value)}
-        measured, seen = torch.zeros_like(self._scores), torch.zeros(len(self.blocks), dtype=torch.bool)
         indices = torch.tensor(list(found), dtype=torch.long)
-        measured[indices] = torch.tensor(list(found.values()), dtype=torch.float64)
-        seen[indices] = True
+        values = torch.tensor(list(found.values()), dtype=torch.float64)
+        measured = torch.zeros_like(self._scores).index_copy_(0, indices, values)
+        seen = torch.zeros(len(self.blocks), dtype=torch.bool).index_fill_(0, indices, True)
         return measured / self._numels if rule.per_parameter else measured, seen
 
     def _start_probe_if_due(self) -> None:
