@@ -37,14 +37,22 @@ class Rates(NamedTuple):
         return (self.always_on or 0.0, self.rate)
 
 
-def mean_losses(settings: pd.DataFrame) -> dict[str, dict[Rates, float]]:
+class Trained(NamedTuple):
+    """What runs that differ in their learning rates alone have in common."""
+
+    data: str
+    method: str
+
+
+def mean_losses(settings: pd.DataFrame) -> dict[Trained, dict[Rates, float]]:
     """Mean final evaluation loss of every method at each of its learning rates, over the seeds that all of them have.
 
     Args:
-        settings: Tidy table `settings.csv` of a scale in which methods differ in their learning rates alone.
+        settings: Tidy table `settings.csv` of a scale in which methods on the same data differ in their learning rates
+            alone.
 
     Returns:
-        Method -> rates -> loss, infinity where a run diverged; rates in the order of tables.
+        Data and method -> rates -> loss, infinity where a run diverged; rates in the order of tables.
 
     Raises:
         ValueError: If there are no rows, or runs of several kinds.
@@ -55,26 +63,27 @@ def mean_losses(settings: pd.DataFrame) -> dict[str, dict[Rates, float]]:
         Rates(float(one), None if math.isnan(float(other)) or float(other) == float(one) else float(other))
         for one, other in zip(settings["learning_rate"], outside, strict=True)
     ]
-    losses: dict[str, dict[Rates, dict[int, float]]] = {}
-    for method, seed, rate, loss in zip(
-        settings["method"], settings["seed"], rates, settings["eval_loss"].astype(float).fillna(math.inf), strict=True
+    losses: dict[Trained, dict[Rates, dict[int, float]]] = {}
+    last = settings["eval_loss"].astype(float).fillna(math.inf)
+    for data, method, seed, rate, loss in zip(
+        *(settings[x] for x in ("data", "method", "seed")), rates, last, strict=True
     ):
-        losses.setdefault(method, {}).setdefault(rate, {})[seed] = loss
+        losses.setdefault(Trained(data, method), {}).setdefault(rate, {})[seed] = loss
     means = {}
-    for method, own in losses.items():
+    for trained, own in losses.items():
         shared = set.intersection(*map(set, own.values()))
-        means[method] = {
+        means[trained] = {
             rate: fmean(loss for seed, loss in own[rate].items() if seed in shared or not shared)
             for rate in sorted(own, key=lambda rate: rate.place)
         }
     return means
 
 
-def chosen_rates(settings: pd.DataFrame) -> dict[str, Rates]:
-    """Learning rates with the lowest mean loss, by method; methods that diverged everywhere are left out."""
+def chosen_rates(settings: pd.DataFrame) -> dict[Trained, Rates]:
+    """Learning rates with the lowest mean loss, by data and method; what diverged everywhere is left out."""
     return {
-        method: min(losses, key=losses.__getitem__)
-        for method, losses in mean_losses(settings).items()
+        trained: min(losses, key=losses.__getitem__)
+        for trained, losses in mean_losses(settings).items()
         if any(map(math.isfinite, losses.values()))
     }
 
@@ -93,19 +102,21 @@ def tuning_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cel
     means, chosen = mean_losses(settings), chosen_rates(settings)
     columns = sorted({rate for own in means.values() for rate in own}, key=lambda rate: rate.place)
     rows: list[list[str | Cell]] = []
-    for method in in_order(METHODS, means):
-        own = means[method]
+    of_data = {data: [method for other, method in means if other == data] for data, _ in means}
+    for trained in (Trained(data, method) for data in sorted(of_data) for method in in_order(METHODS, of_data[data])):
+        own = means[trained]
         cells: list[str | Cell] = []
         for rate in columns:
             value = own.get(rate, math.nan)
-            is_chosen = chosen.get(method) == rate
+            is_chosen = chosen.get(trained) == rate
             cells.append(
                 "" if math.isnan(value) else Cell(value, best=is_chosen) if math.isfinite(value) else "diverged"
             )
-        best = chosen.get(method)
+        best = chosen.get(trained)
         ends = [] if best is None else _at_end(best, own)
-        rows.append([look(METHODS, method).label, *cells, "" if best is None else str(best), ", ".join(ends)])
-    head = ["method", *(f"loss at {rate}" for rate in columns), "chosen", "end of the grid"]
+        label = look(METHODS, trained.method).label
+        rows.append([trained.data, label, *cells, "" if best is None else str(best), ", ".join(ends)])
+    head = ["trained on", "method", *(f"loss at {rate}" for rate in columns), "chosen", "end of the grid"]
     return head, rows
 
 
@@ -122,7 +133,7 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
     Raises:
         ValueError: If the sheet is missing or unusable.
     """
-    chosen, kind, trained_on = chosen_rates(settings), settings["kind"].iloc[0], set(settings["data"])
+    chosen, kind = chosen_rates(settings), settings["kind"].iloc[0]
     path = Path(sheet)
     if not path.is_file():
         raise ValueError(f"sheet {sheet} does not exist")
@@ -135,16 +146,16 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         row = dict(zip(columns, cells, strict=True))
         words = shlex.split(row["args"])
         method = words[words.index("--method") + 1] if "--method" in words else ""
-        data = row.get("data") or BUILT_IN.get(row["kind"])
-        if row["kind"] != kind or method not in chosen or data not in trained_on:
+        trained = Trained(row.get("data") or BUILT_IN.get(row["kind"], ""), method)
+        if row["kind"] != kind or trained not in chosen:
             continue
         where = f"sheet {sheet}, run {row['run']}"
-        if _given(words, where) == chosen[method]:
+        if _given(words, where) == chosen[trained]:
             continue
         others = re.sub(r" ?--(learning_rate|always_on_lr) \S+", "", row["args"])
-        rate, always_on = chosen[method]
+        rate, always_on = chosen[trained]
         words_now = f"--learning_rate {rate:g}" + ("" if always_on is None else f" --always_on_lr {always_on:g}")
-        cells[columns.index("args")] = others.replace(f"{method} ", f"{method} {words_now} ", 1)
+        cells[columns.index("args")] = re.sub(r"--method \S+", rf"\g<0> {words_now}", others, count=1)
         lines[number] = "\t".join(cells)
         changed.append(row["run"])
     write_text(path, "\n".join([head, *lines]) + "\n")

@@ -41,7 +41,7 @@ def table(tmp_path: Path) -> Path:
 
 
 def test_lowest_mean_loss_is_chosen_and_divergence_never() -> None:
-    assert chosen_rates(grid()) == {"adamw": Rates(2e-3), "misa": Rates(4e-3)}
+    assert chosen_rates(grid()) == {("corpus", "adamw"): Rates(2e-3), ("corpus", "misa"): Rates(4e-3)}
     with pytest.raises(ValueError, match="runs of one kind, found pretrain, finetune"):
         chosen_rates(pd.concat([grid(), grid().assign(kind="finetune")]))
 
@@ -49,11 +49,11 @@ def test_lowest_mean_loss_is_chosen_and_divergence_never() -> None:
 def test_table_shows_the_grid_and_what_was_chosen(table: Path, tmp_path: Path) -> None:
     assert main(["learning_rates", "--table", str(table), "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "learning_rates.md").read_text() == (
-        "| method | loss at 0.001 | loss at 0.002 | loss at 0.004 | chosen | end of the grid |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
-        "| AdamW | 5.00 | **4.50** | diverged | 0.002 |  |\n"
-        "| LoRA | diverged |  |  |  |  |\n"
-        "| MISA | 6.00 | 5.50 | **5.20** | 0.004 | yes |\n"
+        "| trained on | method | loss at 0.001 | loss at 0.002 | loss at 0.004 | chosen | end of the grid |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| corpus | AdamW | 5.00 | **4.50** | diverged | 0.002 |  |\n"
+        "| corpus | LoRA | diverged |  |  |  |  |\n"
+        "| corpus | MISA | 6.00 | 5.50 | **5.20** | 0.004 | yes |\n"
     )
     assert r"\mathbf{4.50}" in (tmp_path / "learning_rates.tex").read_text()
 
@@ -106,8 +106,8 @@ def test_pairs_of_rates_are_chosen_by_the_seeds_that_all_have(tmp_path: Path) ->
     assert main(words) == 0
     head, _, adamw, _, misa = (tmp_path / "learning_rates.md").read_text().splitlines()
     assert "| loss at 0.004 | loss at 0.0005, 0.004 | loss at 0.00025, 0.008 | loss at 0.0005, 0.008 |" in head
-    assert misa == "| MISA | 6.00 | 5.50 | 5.20 | 4.00 | 4.30 | **3.90** | 4.20 | 4.10 | 0.0005, 0.008 |  |"
-    assert adamw.startswith("| AdamW | 4.75 | **4.25** | diverged |")
+    assert misa == "| corpus | MISA | 6.00 | 5.50 | 5.20 | 4.00 | 4.30 | **3.90** | 4.20 | 4.10 | 0.0005, 0.008 |  |"
+    assert adamw.startswith("| corpus | AdamW | 4.75 | **4.25** | diverged |")
     assert [line.split("\t")[2] for line in sheet.read_text().splitlines()[1:]] == [
         "--method misa --learning_rate 0.0005 --always_on_lr 0.008 --seed 0",
         "--method misa --learning_rate 5e-4 --always_on_lr 8e-3 --seed 0",
@@ -133,6 +133,22 @@ def test_rates_go_into_rows_on_the_same_data_alone(tmp_path: Path) -> None:
     assert main(words) == 0
     changed = [line.split("\t")[0] for line in sheet.read_text().splitlines() if "--learning_rate 0.004" in line]
     assert changed == ["commonsense"]
+
+
+def test_each_data_set_has_rates_of_its_own(tmp_path: Path) -> None:
+    table, sheet = tmp_path / "settings.csv", tmp_path / "sheet.tsv"
+    one = grid().assign(kind="finetune", data="math")
+    other = one[one["method"] == "misa"].assign(data="boolq", eval_loss=lambda rows: -rows["eval_loss"])
+    pd.concat([one, other]).to_csv(table, index=False)
+    sheet.write_text("run\tkind\tdata\targs\na\tfinetune\tmath\t--method misa\nb\tfinetune\tboolq\t--method misa\n")
+    assert chosen_rates(pd.read_csv(table))[("boolq", "misa")] == Rates(1e-3)
+    words = ["finetune_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
+    assert main(words) == 0
+    lines = (tmp_path / "finetune_rates.md").read_text().splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| boolq", "MISA"], ["| math", "AdamW"], ["| math", "LoRA"], ["| math", "MISA"],
+    ]  # fmt: skip
+    assert [line.rpartition("rate ")[2] for line in sheet.read_text().splitlines()[1:]] == ["0.004", "0.001"]
 
 
 def test_rate_in_a_sheet_that_is_no_number_is_named_with_its_run(
