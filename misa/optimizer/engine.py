@@ -318,7 +318,6 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._on.finish()
         self._workers.require_equal()
         sums, num_good = self._on.norms.read()
-        self._num_good += num_good
         measured, seen = self._workers.mean(*self._measured(sums, num_good))
         self._scores, self._counts = importance.update(self._scores, self._counts, measured, seen, self.settings.score)
         if self._record is not None:
@@ -328,6 +327,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         before = self._on.entries
         self._round += 1
         self._step_in_round = 0
+        self._num_good += num_good
         self._draw()
         policy = self.settings.state_policy
         for e in before:
