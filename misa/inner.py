@@ -86,9 +86,8 @@ class FusedAdamW:
 
     The kernel, the state and the result are those of `torch.optim.AdamW(fused=True)`, bit for bit, without the
     bookkeeping around it: lists are built once, because the active set does not change within a round, and gradients
-    of lower precision are widened piece by piece in one small workspace. On an accelerator it has memory during the
-    step alone; on a CPU, where it is smaller and new memory costs a page fault for each 4 KiB, to the end of the round.
-    A tensor without a gradient is left out of a step.
+    of lower precision are widened piece by piece in one small workspace, which has memory during the step alone. A
+    tensor without a gradient is left out of a step.
 
     Args:
         params: Groups of parameters: weights, or fp32 masters of weights.
@@ -168,7 +167,7 @@ class FusedAdamW:
                 self.state[p]["step"] = step
         for batch in batches:
             batch.steps = [self.state[p]["step"] for p in batch.params]
-        plan = _Plan(batches, counters, [room for device, room in rooms.items() if device.type not in CHUNK_NUMEL])
+        plan = _Plan(batches, counters, list(rooms.values()))
         plan.free_rooms()
         return plan, len(with_grad) == len(self._all)
 
@@ -193,7 +192,7 @@ def cut(tensor: Tensor, part: slice | None) -> Tensor:
 
 @dataclass
 class _Plan:
-    """One step: kernel calls, the counters to advance before them, and the workspaces to free between steps."""
+    """One step: kernel calls, the counters to advance before them, and the workspaces, whose views they keep."""
 
     batches: list[_Batch]
     counters: list[Tensor]
