@@ -78,10 +78,7 @@ class NormSums:
             return list(counts.values())
         if self._zero is None:
             self._zero = torch.zeros((), device=device)
-        there = [
-            norm if isinstance(norm, Tensor) and norm.device == device else torch.tensor(float(norm), device=device)
-            for norm in norms
-        ]
+        there = [x.to(device) if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in norms]
         if tuple(blocks) == self._blocks:  # one gradient each, and none of no block: nothing to sum, fewer kernels
             return torch.stack([*there, self._zero]).square_()
         if self._lengths is None or self._num_lengths != len(norms):
@@ -97,8 +94,8 @@ class NormSums:
         """Add a step's squared norms, as `squares` returns them, if the step was taken."""
         if isinstance(squares, Tensor):
             row = squares if self._squared else squares.sqrt()
-            if not isinstance(self._sums, Tensor):
-                self._sums = torch.tensor(self._sums or [0.0] * len(row), device=row.device)
+            if not isinstance(self._sums, Tensor):  # zeros are made there: a copy of numbers would wait for the device
+                self._sums = torch.tensor(self._sums, device=row.device) if self._sums else torch.zeros_like(row)
             self._sums = torch.where(torch.as_tensor(good), self._sums + row, self._sums)
         elif good:
             row = squares if self._squared else [x**0.5 for x in squares]

@@ -55,6 +55,14 @@ def test_step_on_a_device_launches_few_kernels_whatever_is_on_and_reads_nothing(
     assert [name for name in operations.names if name != "empty"] == [*look, *count, *adam, *sums]
 
 
+def test_norms_on_several_devices_meet_on_the_first_without_being_read():
+    with FakeMode():
+        norms = [torch.empty((), device=f"cuda:{k}") for k in (1, 0, 1)]
+        squares = NormSums((4, 5), squared=True).squares([4, 4, 5], norms)
+        assert NormSums((4, 5, 6), squared=True).squares([4, 5, 6], norms).device == squares.device
+    assert squares.device == torch.device("cuda:1")
+
+
 @pytest.mark.parametrize("squared", [True, False])
 def test_norms_on_a_device_add_up_as_numbers_do_whenever_they_are_read(squared):
     torch.manual_seed(0)
