@@ -63,18 +63,20 @@ def on_first(call: Callable[[], Any]) -> Any:
     return value
 
 
-def mean_of_seen(measured: Tensor, seen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean over the processes that have a value, and whether any has.
+def mean_of_measured(measured: dict[int, float], num_blocks: int, device: torch.device) -> dict[int, float]:
+    """Mean over the processes that have a value, for every block of which any has.
 
     Args:
-        measured: A value for each block, shape `[B]`, fp64.
-        seen: Which of them were measured here.
+        measured: A value for each block that was measured here, by its index.
+        num_blocks: Number of all blocks.
         device: Where the processes exchange tensors.
     """
-    sums = torch.stack([measured * seen, seen.double()]).to(device)
+    sums = torch.zeros(2, num_blocks, dtype=torch.float64)
+    for i, value in measured.items():
+        sums[0, i], sums[1, i] = value, 1
+    sums = sums.to(device)
     dist.all_reduce(sums)
-    totals, counts = sums.cpu()
-    return totals / counts.clamp(min=1), counts > 0
+    return {i: total / count for i, (total, count) in enumerate(sums.T.tolist()) if count}
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from misa.distributed.wrapped import active_wrapper, rest
 from misa.inner import BoundedAdam
 
 if TYPE_CHECKING:
+    from misa.optimizer.importance import Array
     from misa.optimizer.sampling import BlockSampler
     from misa.optimizer.settings import Settings
 
@@ -148,7 +149,7 @@ class Workers:
 
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
-    def draw(self, sampler: BlockSampler, rounding: torch.Generator, log_p: Tensor) -> tuple[int, ...]:
+    def draw(self, sampler: BlockSampler, rounding: torch.Generator, log_p: Array) -> tuple[int, ...]:
         """The next blocks, as process 0 draws them; samplers and generators are the same afterwards."""
         if self.size == 1:
             return sampler.draw(log_p)
@@ -158,9 +159,9 @@ class Workers:
         rounding.set_state(noise)
         return tuple(drawn)
 
-    def mean(self, measured: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """What a round measured of every block: the mean over the processes that saw it."""
-        return (measured, seen) if self.size == 1 else agree.mean_of_seen(measured, seen, self._device)
+    def mean(self, measured: dict[int, float], num_blocks: int) -> dict[int, float]:
+        """What a round measured of blocks, by index: the mean over the processes that saw it."""
+        return measured if self.size == 1 else agree.mean_of_measured(measured, num_blocks, self._device)
 
     def require_equal(self) -> None:
         """Stop if the weights of the processes have drifted apart; sharded ones have no copy to compare with."""

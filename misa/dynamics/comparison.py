@@ -37,8 +37,6 @@ def real_draws(
         `real_active_share`, `real_captured_share`, `real_applied_bias_sq` and `real_applied_mse` (over the squared norm
         of the full gradient, as the shares are), from the counted inclusion probabilities; nothing if no unit fits.
     """
-    import torch
-
     from misa.optimizer.sampling import BlockSampler
 
     draw = draw_of(scheme, gradients, budget, effective_share)
@@ -48,7 +46,7 @@ def real_draws(
         return {}
     order = "shuffled" if draw.systematic else "importance"
     sampler = BlockSampler(numel.tolist(), order, max_numel=limit, seed=seed)
-    log_p = torch.from_numpy(np.log(np.maximum(draw.weights, 1e-300)))
+    log_p = np.log(np.maximum(draw.weights, 1e-300))
     counts = np.zeros(len(numel))
     for _ in range(num_draws):
         counts[list(sampler.draw(log_p))] += 1

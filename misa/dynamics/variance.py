@@ -195,11 +195,9 @@ def importance_weights(
     scores: Array, eta: float | str, effective_share: float = 0.5, clip: float | None = None
 ) -> Array:
     r"""\(p = \mathrm{softmax}(\eta \cdot \mathrm{scores})\), by the code the optimizer itself uses; shape `[B]`."""
-    import torch
-
     from misa.optimizer.importance import probabilities
 
-    return probabilities(torch.from_numpy(np.asarray(scores, dtype=np.float64)), eta, clip, effective_share).numpy()
+    return probabilities(scores, eta, clip, effective_share)
 
 
 def variance_parts(gradients: BlockGradients, inclusion: Array) -> tuple[float, float]:

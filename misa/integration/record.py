@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     from misa.optimizer.engine import BlockCoordinateOptimizer
 
@@ -27,12 +25,12 @@ class RoundRecord:
         self._next = -1  # the round that follows the last line, or -1 if the file has not been looked at
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(self, optimizer: BlockCoordinateOptimizer, measured: Tensor) -> None:
+    def append(self, optimizer: BlockCoordinateOptimizer, measured: dict[int, float]) -> None:
         """Write the round that ends now.
 
         Args:
             optimizer: Just before it draws again.
-            measured: What the round measured of every block, shape `[B]`.
+            measured: What the round measured of blocks, by their index.
         """
         line = {
             "round": optimizer.round,
@@ -40,7 +38,7 @@ class RoundRecord:
             "active": list(optimizer.active),
             "probabilities": optimizer.probabilities,
             "scores": optimizer.scores,
-            "measured": {optimizer.blocks[i].name: float(measured[i]) for i in optimizer._active},
+            "measured": {optimizer.blocks[i].name: measured.get(i, 0.0) for i in optimizer._active},
             "lr": [float(group["lr"]) for group in optimizer.param_groups],
             "bytes": optimizer.state_bytes(),
             "skipped_steps": optimizer.num_skipped_steps,

@@ -263,8 +263,7 @@ class Laboratory:
         if num in self._samples:
             return self._samples[num]
         sampler = copy.deepcopy(self.optimizer._sampler)
-        log_p = torch.tensor(list(self.optimizer.probabilities.values()), dtype=torch.float64).log()
-        self._samples[num] = [sampler.draw(log_p) for _ in range(num)]
+        self._samples[num] = [sampler.draw(self.optimizer._log_p) for _ in range(num)]
         return self._samples[num]
 
     def measure(self, **changes: Any) -> StepMemory:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from misa.distributed.workers import Workers
 from misa.distributed.wrapped import unwrapped
@@ -98,9 +99,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._round = self._num_steps = self._step_in_round = 0
         self._workers = Workers(source, settings)
         self._record = None if settings.record is None or self._workers.rank else RoundRecord(settings.record)
-        self._numels = torch.tensor([b.numel for b in self.blocks], dtype=torch.float64)
-        self._scores = torch.zeros(len(self.blocks), dtype=torch.float64)
-        self._counts = torch.zeros(len(self.blocks), dtype=torch.float64)
+        self._scores = np.zeros(len(self.blocks))
+        self._counts = np.zeros(len(self.blocks))
         self._rounding = torch.Generator().manual_seed(settings.seed)
         self._num_good = 0  # steps taken in finished rounds
         self._gathered: dict[str, Any] | None = None  # state of all processes, until the next step
@@ -122,7 +122,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     @property
     def probabilities(self) -> dict[str, float]:
         """Sampling probability of every block, as used for the current round's draw."""
-        return dict(zip((b.name for b in self.blocks), self._log_p.exp().tolist(), strict=True))
+        return dict(zip((b.name for b in self.blocks), np.exp(self._log_p).tolist(), strict=True))
 
     @property
     def scores(self) -> dict[str, float]:
@@ -318,8 +318,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._on.finish()
         self._workers.require_equal()
         sums, num_good = self._on.norms.read()
-        measured, seen = self._workers.mean(*self._measured(sums, num_good))
-        self._scores, self._counts = importance.update(self._scores, self._counts, measured, seen, self.settings.score)
+        measured = self._workers.mean(self._measured(sums, num_good), len(self.blocks))
+        importance.update(self._scores, self._counts, measured, self.settings.score)
         if self._record is not None:
             self._record.append(self, measured)
         if self._first_forward is not None:
@@ -338,8 +338,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
                 e.move_state("cpu")
         self._on.prepare()
 
-    def _measured(self, sums: list[float], num_good: int) -> tuple[Tensor, Tensor]:
-        """The round's mean of what is scored, for every block, and which blocks were measured."""
+    def _measured(self, sums: list[float], num_good: int) -> dict[int, float]:
+        """The round's mean of what is scored, for every block that was measured."""
         rule = self.settings.score
         found: dict[int, float] = {}
         if num_good:
@@ -348,11 +348,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         for i, square in self._probe.squares(self._on.unscale).items():
             found[i] = square if rule.squared else square**0.5
         found = {i: value for i, value in found.items() if math.isfinite(value)}
-        indices = torch.tensor(list(found), dtype=torch.long)
-        values = torch.tensor(list(found.values()), dtype=torch.float64)
-        measured = torch.zeros_like(self._scores).index_copy_(0, indices, values)
-        seen = torch.zeros(len(self.blocks), dtype=torch.bool).index_fill_(0, indices, True)
-        return measured / self._numels if rule.per_parameter else measured, seen
+        return {i: value / self.blocks[i].numel for i, value in found.items()} if rule.per_parameter else found
 
     def _start_probe_if_due(self) -> None:
         """For the last step of every so many rounds, switch all blocks on; see `Probe`."""

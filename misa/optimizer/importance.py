@@ -1,12 +1,18 @@
-"""Importance scores and sampling probabilities: pure functions over one number per block (tensors of shape `[B]`)."""
+"""Importance scores and sampling probabilities: pure functions over one number per block, arrays of shape `[B]`.
+
+A model has a few hundred blocks at most, and on so few numbers a call of numpy takes a fraction of one of torch.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
 
 CORRECTIONS = ("exact", "none", "compounding")
 
@@ -46,65 +52,65 @@ PAPER_RULE = ScoreRule(correction="none")
 OFFICIAL_RULE = ScoreRule(squared=False, per_parameter=False, correction="compounding", clip=5.0, per_interval=True)
 
 
-def update(scores: Tensor, counts: Tensor, measured: Tensor, seen: Tensor, rule: ScoreRule) -> tuple[Tensor, Tensor]:
-    """Moving average of what a round measured (Algorithm 1, line 17).
+def update(scores: Array, counts: Array, measured: Mapping[int, float], rule: ScoreRule) -> None:
+    """Moving average of what a round measured (Algorithm 1, line 17), in place.
 
     Args:
-        scores: Stored scores, float64.
+        scores: Stored scores.
         counts: Number of updates each block has had.
-        measured: This round's mean squared norm (or mean norm) of each block.
-        seen: Which blocks were measured, boolean; the others keep their score.
+        measured: This round's mean squared norm (or mean norm) of each block that was measured, by its index; the
+            others keep their score.
         rule: The score rule.
-
-    Returns:
-        New scores and counts.
     """
-    counts = counts + seen
-    new = rule.beta * scores + (1 - rule.beta) * measured
-    if rule.correction == "compounding":
-        new = new / (1 - rule.beta ** counts.clamp(min=1))
-    return torch.where(seen, new, scores), counts
+    for i, value in measured.items():
+        counts[i] += 1
+        scores[i] = rule.beta * scores[i] + (1 - rule.beta) * value
+        if rule.correction == "compounding":
+            scores[i] /= 1 - rule.beta ** counts[i]
 
 
-def read(scores: Tensor, counts: Tensor, rule: ScoreRule) -> Tensor:
+def read(scores: Array, counts: Array, rule: ScoreRule) -> Array:
     """Scores as the exponent uses them: bias corrected, and squared where the plain norm is tracked.
 
     A block that was never measured counts as an average one under exact correction, and as zero otherwise.
     """
-    value = scores if rule.squared else scores**2
     if rule.correction != "exact":
-        return value
-    correction = 1 - rule.beta**counts  # 0 where nothing was measured, so there the quotient is no number
-    value = value / (correction if rule.squared else correction**2)
-    num_measured = int(counts.count_nonzero())
-    return value.nan_to_num(nan=float(value.nansum()) / max(num_measured, 1))
+        return scores.copy() if rule.squared else scores**2
+    value = scores / np.maximum(1 - rule.beta**counts, 1e-300)  # 0 where nothing was measured
+    if not rule.squared:
+        value **= 2
+    if num_left := counts.size - np.count_nonzero(counts):
+        value[counts == 0] = value.sum() / max(counts.size - num_left, 1)
+    return value
 
 
-def log_probabilities(scores: Tensor, eta: float, clip: float | None = None) -> Tensor:
-    """Logarithm of the sampling probabilities, log softmax(eta * scores), float64.
+def log_probabilities(scores: ArrayLike, eta: float, clip: float | None = None) -> Array:
+    """Logarithm of the sampling probabilities, log softmax(eta * scores).
 
     The softmax maximises sum_b p_b s_b - KL(p || uniform) / eta over all distributions p (paper, section on importance
     sampling); eta = 0 is uniform. In logarithms, so that a large eta stays greedy instead of underflowing. `clip` is an
     upper bound on eta * score.
     """
-    exponent = eta * scores.double()
+    exponent = eta * np.asarray(scores, dtype=np.float64)
     if clip is not None:
-        exponent = exponent.clamp(max=clip)
-    return torch.log_softmax(exponent, dim=0)
+        exponent = np.minimum(exponent, clip)
+    exponent -= exponent.max()
+    exponent -= math.log(np.exp(exponent).sum())
+    return exponent
 
 
-def probabilities(scores: Tensor, eta: float | str = 1.0, clip: float | None = None, share: float = 0.5) -> Tensor:
+def probabilities(scores: ArrayLike, eta: float | str = 1.0, clip: float | None = None, share: float = 0.5) -> Array:
     """Sampling probabilities softmax(eta * scores); `eta="auto"` as in `auto_eta`."""
     value = auto_eta(scores, share) if eta == "auto" else float(eta)
-    return log_probabilities(scores, value, clip).exp()
+    return np.exp(log_probabilities(scores, value, clip))
 
 
-def effective_number(p: Tensor) -> float:
-    """Effective number of blocks, 1 / sum p^2: B for the uniform distribution, 1 for a certain one."""
-    return float(1 / (p**2).sum())
+def effective_number(weights: Array) -> float:
+    """Effective number of blocks, 1 / sum p^2 for the normalized weights: B if they are equal, 1 if one has all."""
+    return float(weights.sum() ** 2 / (weights @ weights))
 
 
-def auto_eta(scores: Tensor, share: float = 0.5) -> float:
+def auto_eta(scores: ArrayLike, share: float = 0.5) -> float:
     """The eta at which the effective number of blocks is `share` of all blocks.
 
     Scores differ by orders of magnitude between models, so that one eta is uniform on one and greedy on another; the
@@ -113,16 +119,18 @@ def auto_eta(scores: Tensor, share: float = 0.5) -> float:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: must lie in (0, 1]")
+    scores = np.asarray(scores, dtype=np.float64)
     spread = float(scores.max() - scores.min())
     if spread <= 0 or not math.isfinite(spread) or share == 1:
         return 0.0
-    target = max(share * scores.numel(), 1 + 1e-9)
+    target = max(share * scores.size, 1 + 1e-9)
+    below = (scores - scores.max()) / spread
     low, high = 0.0, 1e-6
-    while effective_number(log_probabilities(scores, high / spread).exp()) > target and high < 1e9:
+    while effective_number(np.exp(high * below)) > target and high < 1e9:
         low, high = high, high * 10
     for _ in range(60):
         middle = (low + high) / 2
-        if effective_number(log_probabilities(scores, middle / spread).exp()) > target:
+        if effective_number(np.exp(middle * below)) > target:
             low = middle
         else:
             high = middle

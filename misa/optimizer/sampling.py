@@ -6,8 +6,10 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+
+from misa.optimizer.importance import Array
 
 ORDERS = ("importance", "uniform", "ascending", "descending", "shuffled", "all")
 
@@ -68,7 +70,7 @@ class BlockSampler:
         """Whether some block that fits was never used and never-used blocks go first."""
         return self.first_pass and any(u < 0 for i, u in enumerate(self._last_used) if self._fits(i))
 
-    def draw(self, log_p: Tensor) -> tuple[int, ...]:
+    def draw(self, log_p: Array) -> tuple[int, ...]:
         """Sorted indices of the next round's blocks, at least one.
 
         `log_p`, the log-probabilities of all blocks, shape `[B]`, is used by the order `"importance"` alone.
@@ -94,14 +96,15 @@ class BlockSampler:
                 used += self._numels[i]
         return list(taken)
 
-    def _draw(self, log_p: Tensor) -> list[int]:
+    def _draw(self, log_p: Array) -> list[int]:
         if self.order == "all":
             return list(range(len(self._numels)))
-        weights = log_p if self.order == "importance" else torch.zeros(len(self._numels), dtype=torch.float64)
         # Gumbel top-k: ranking by log p + Gumbel noise is successive weighted drawing without replacement.
-        noise = torch.rand(len(self._numels), generator=self._generator, dtype=torch.float64)
-        keys = weights - noise.clamp_(min=1e-300).log_().neg_().log_()
-        ranking: list[int] = torch.argsort(keys, descending=True).tolist()
+        noise = torch.rand(len(self._numels), generator=self._generator, dtype=torch.float64).numpy()
+        keys = np.log(-np.log(np.maximum(noise, 1e-300)))
+        if self.order == "importance":
+            keys -= log_p
+        ranking: list[int] = np.argsort(keys, kind="stable").tolist()
         if self.in_first_pass:
             return self._fill([i for i, used in enumerate(self._last_used) if used < 0] + ranking)
         fitting = (i for i in range(len(self._numels)) if self._fits(i))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 NUMBERS = ("round", "step_in_round", "num_steps", "round_length")
-TENSORS = ("scores", "counts", "log_p")
+ARRAYS = ("scores", "counts", "log_p")
 
 
 def state_bytes(optimizer: BlockCoordinateOptimizer) -> dict[str, int]:
@@ -55,7 +55,7 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
         "format": FORMAT,
         "blocks": _layout(optimizer),
         **{name: getattr(optimizer, f"_{name}") for name in NUMBERS},
-        **{name: getattr(optimizer, f"_{name}").clone() for name in TENSORS},
+        **{name: torch.tensor(getattr(optimizer, f"_{name}")) for name in ARRAYS},
         "active": list(optimizer._active),
         "sums": sums,
         "num_good_in_round": num_good,
@@ -86,8 +86,8 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
         group.update({k: v for k, v in values.items() if k != "params"})
     for name in NUMBERS:
         setattr(optimizer, f"_{name}", held[name])
-    for name in TENSORS:
-        setattr(optimizer, f"_{name}", held[name].cpu().clone())
+    for name in ARRAYS:
+        setattr(optimizer, f"_{name}", held[name].cpu().numpy().copy())
     optimizer._sampler.load_state_dict(held["sampler"])
     optimizer._rounding.set_state(held["rounding"].cpu())
     optimizer._num_good = held["num_good"] - held["num_good_in_round"]
