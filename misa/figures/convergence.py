@@ -20,7 +20,8 @@ _AXES = {"step": ("steps", 1), "tokens": ("tokens (1000)", 1000), "time_s": ("tr
 def plot(table: pd.DataFrame) -> Figure:
     """Draw the loss of every method: mean over seeds, band from the lowest to the highest seed.
 
-    Seeds of one method see the same steps; tokens and time of a point are their means.
+    Seeds of one method see the same steps; tokens and time of a point are their means. The axis of losses spans the
+    second half of the runs, where methods differ; what lies above comes earlier.
 
     Args:
         table: Tidy table `convergence.csv`. Drawn is the evaluation loss, and the training loss for a kind of run
@@ -47,22 +48,24 @@ def plot(table: pd.DataFrame) -> Figure:
         for row, (title, of_kind) in zip(axes, panels.items(), strict=True):
             metric = next(name for name in _METRICS if (of_kind["metric"] == name).any())
             of_kind = with_series(of_kind[of_kind["metric"] == metric])
+            late = of_kind[of_kind["step"] >= of_kind["step"].max() / 2]["value"]
             for (method, series), rows in of_kind.groupby(["method", "series"]):
                 points = rows.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"]).sort_index()
                 look = s.look(s.METHODS, method)
                 for ax, (column, (_, unit)) in zip(row, _AXES.items(), strict=True):
                     x = points.index if column == "step" else points[column]["mean"] / unit
-                    every = max(1, len(points) // 4)
                     value = points["value"]
                     (line,) = ax.plot(
                         *(x, value["mean"]),
                         color=look.color,
                         linestyle=look.dash,
                         marker=look.marker,
-                        markevery=every,
+                        markevery=list(range(len(points)))[:: -max(1, len(points) // 4)],
                     )
                     ax.fill_between(x, value["min"], value["max"], color=look.color, alpha=0.2, linewidth=0)
                     handles.setdefault((order.index(method), series_label(series, method)), line)
+            margin = 0.05 * (late.max() - late.min()) or 0.05
+            row[0].set_ylim(late.min() - margin, late.max() + margin)
             row[0].set_ylabel(f"{_METRICS[metric]} (nats/token)")
             row[0].set_title(title, loc="left")
             for ax, (label, _) in zip(row, _AXES.values(), strict=True):

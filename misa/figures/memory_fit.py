@@ -37,7 +37,7 @@ def plot(table: pd.DataFrame) -> Figure:
         ax = figure.subplots()
         for offset, loss, color, label in (
             (-0.19, "full", "#BBBBBB", "all logits"),
-            (0.19, "chunked", s.METHODS["misa"].color, "chunked loss"),
+            (0.19, "chunked", s.CATEGORIES["logits"].color, "chunked loss"),
         ):
             if loss not in wide:
                 continue

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 COLUMNS = ("problem", "momentum_step", "interval", "seed", "num_updates", "mean_sq_norm")
 _TITLES = {"waves": "Quadratic with waves", "llama": "Small LLaMA"}
-# By steps in a round, in this order; of Okabe and Ito, but of no method that is compared elsewhere.
-_COLORS = ("#0072B2", "#009E73", "#D55E00", "#000000", "#CC79A7")
 _MARKERS = "osD^v"
+# A fit through three points of one seed has an interval that would hide all others.
+_SLOPES = (-1.25, 0.25)
 
 
 def plot(table: pd.DataFrame) -> Figure:
     """Draw, for each problem, the means over seeds, and the slope of every setting with its 95% interval.
+
+    An interval that goes on beyond the panel ends in an arrow.
 
     Args:
         table: Tidy table `rate.csv`.
@@ -30,6 +32,7 @@ def plot(table: pd.DataFrame) -> Figure:
         ValueError: If columns are missing, there are no rows, or a setting has runs of one length only.
     """
     s.require(table, COLUMNS)
+    from matplotlib import colormaps
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     from misa.dynamics.rate import EXPECTED_SLOPE, fit_slope
@@ -37,6 +40,8 @@ def plot(table: pd.DataFrame) -> Figure:
     problems = [name for name in _TITLES if (table["problem"] == name).any()]
     problems += sorted(set(table["problem"]) - set(problems))
     intervals = sorted(table["interval"].unique())
+    # From dark to light as rounds get longer, none of them the colour of a method.
+    colors = colormaps["plasma"]([0.85 * i / max(len(intervals) - 1, 1) for i in range(len(intervals))])
     with s.style():
         figure = s.new_figure(0.55 + 1.6 * len(problems))
         axes = figure.subplots(len(problems), 2, squeeze=False, width_ratios=(1.25, 1))
@@ -44,7 +49,7 @@ def plot(table: pd.DataFrame) -> Figure:
         for (curves, slopes), problem in zip(axes, problems, strict=True):
             own = table[table["problem"] == problem]
             for i, interval in enumerate(intervals):
-                look: Any = {"color": _COLORS[i % len(_COLORS)], "marker": _MARKERS[i % len(_MARKERS)]}
+                look: Any = {"color": colors[i], "marker": _MARKERS[i % len(_MARKERS)]}
                 for with_step, dash, fill in ((True, "solid", "full"), (False, (0, (3, 1)), "none")):
                     rows = own[(own["interval"] == interval) & (own["momentum_step"] == with_step)]
                     if rows.empty:
@@ -57,6 +62,12 @@ def plot(table: pd.DataFrame) -> Figure:
                     y = i + (-0.17 if with_step else 0.17)
                     error = [[found.value - found.low], [found.high - found.value]]
                     slopes.errorbar(found.value, y, xerr=error, capsize=2, markersize=3.5, fillstyle=fill, **look)
+                    for end, is_cut, marker in (
+                        (_SLOPES[0], found.low < _SLOPES[0], 4),
+                        (_SLOPES[1], found.high > _SLOPES[1], 5),
+                    ):
+                        if is_cut:
+                            slopes.plot(end, y, marker=marker, color=colors[i], markersize=4, clip_on=False)
             ends = sorted(own["num_updates"].unique())
             level = own["mean_sq_norm"].max() * 1.15
             guide = [level * (x / ends[0]) ** EXPECTED_SLOPE for x in (ends[0], ends[-1])]
@@ -73,8 +84,7 @@ def plot(table: pd.DataFrame) -> Figure:
             slopes.axvline(EXPECTED_SLOPE, **guides)
             slopes.set_yticks(range(len(intervals)), [f"T = {interval}" for interval in intervals])
             slopes.set_ylim(len(intervals) - 0.5, -0.5)
-            # A fit through three points of one seed has an interval that would hide all others.
-            slopes.set_xlim(-1.25, 0.25)
+            slopes.set_xlim(*_SLOPES)
             slopes.grid(axis="y", visible=False)
         axes[-1][0].set_xlabel("block updates K")
         axes[-1][1].set_xlabel("slope, 95% interval")
