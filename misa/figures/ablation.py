@@ -64,8 +64,8 @@ def plot(table: pd.DataFrame) -> Figure:
         ax.set_ylim(places[-1] + 0.7, -0.7)
         ax.grid(axis="y", visible=False)
         # Both belong to the whole figure: long names leave the axes too narrow for them.
-        label = "eval loss minus the common setting's (nats/token;\nright is worse); faint: each seed, bars: 95% interval"
-        figure.supxlabel(label, size="medium")
+        legend = "right is worse; faint: each seed, bars: 95% interval"
+        figure.supxlabel(f"eval loss minus the common setting's (nats/token)\n{legend}", size="medium")
         loss, seeds = common["loss"].iloc[0], common["num_seeds"].iloc[0]
         title = f"Common setting: {loss:.3f} nats/token, {seeds} seed{'s' if seeds > 1 else ''}"
         figure.suptitle(title, x=0.02, ha="left", size="medium")
