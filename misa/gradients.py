@@ -116,7 +116,7 @@ class NormSums:
 class Probe:
     """Norms of the gradients of parameters that do not train, each freed the moment it is ready.
 
-    Over several micro-batches the squared norms are added up.
+    Over several micro-batches the squared norms are added up, which is less than the squared norm of their sum.
     """
 
     def __init__(self, workers: Workers) -> None:
@@ -148,6 +148,11 @@ class Probe:
         for i, norm in zip(of_block, values, strict=True):
             squares[i] += (norm * factor) ** 2
         return dict(zip(squares, self._workers.total(list(squares.values())), strict=True))
+
+    def forget(self) -> None:
+        """Forget what was measured, and go on."""
+        for norms in self._norms.values():
+            norms.clear()
 
     def stop(self) -> None:
         """Remove the hooks and forget what was measured."""

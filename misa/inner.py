@@ -41,6 +41,11 @@ def make_inner(
     return RoundedAdamW(groups, generator=generator, moments=settings.state_format)
 
 
+def stamp(weight: Tensor) -> tuple[int, int]:
+    """Changes when something is written to a weight, but through `.data`, and when it gets other memory."""
+    return weight._version, weight.untyped_storage()._cdata
+
+
 def make_master(weight: Tensor, residual: Tensor | None, edited: bool) -> Tensor:
     """fp32 copy of a weight, with the residual that `cut_residual` kept of an earlier one.
 
@@ -85,15 +90,17 @@ class FusedAdamW:
     """torch's fused AdamW for a fixed set of tensors, with fp32 master copies of those that need them.
 
     The kernel, the state and the result are those of `torch.optim.AdamW(fused=True)`, bit for bit, without the
-    bookkeeping around it: lists are built once, because the active set does not change within a round, and gradients
-    of lower precision are widened piece by piece in one small workspace, which has memory during the step alone. A
-    tensor without a gradient is left out of a step.
+    bookkeeping around it: lists are built once, because the active set does not change within a round, and again where
+    a weight got other memory (`model.cpu()` and back), and gradients of lower precision are widened piece by piece in
+    one small workspace, which has memory during the step alone. A tensor without a gradient is left out of a step.
 
     Args:
         params: Groups of parameters: weights, or fp32 masters of weights.
         weights: The low-precision weight of each master: its gradient is read and the result written to it.
         **defaults: `lr`, `betas`, `eps` and `weight_decay` of groups that have none of their own.
     """
+
+    skips_on_device = True
 
     def __init__(
         self,
@@ -110,6 +117,7 @@ class FusedAdamW:
         self._all = [p for group in self.param_groups for p in group["params"]]
         self._sources = [self._weights.get(p, p) for p in self._all]
         self._plan: _Plan | None = None
+        self._memory: list[int] = []  # of the weights that the plan was made for, which it keeps alive
 
     def update(self, good: Tensor | bool = True, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient.
@@ -118,7 +126,9 @@ class FusedAdamW:
             good: Whether to take it, True or a boolean that lies on a device; otherwise nothing changes.
             grad_scale: What the gradients are to be divided by, or None.
         """
-        if self._plan is None or any(w.grad is None for w in self._sources):
+        memory = [stamp(w)[1] for w in self._sources]
+        if self._plan is None or memory != self._memory or any(w.grad is None for w in self._sources):
+            self._memory = memory
             plan, complete = self._make_plan()
             self._plan = plan if complete else None
         else:
@@ -304,6 +314,8 @@ class BoundedAdam(torch.optim.Optimizer):
     previous v~ as a scalar bound, and theta -= lr * m / sqrt(v~ + eps). Line 16, once at the end of the round:
     theta -= lr * beta1 / (1 - beta1) * m / sqrt(v + eps).
     """
+
+    skips_on_device = True
 
     def __init__(self, params: Iterable[Any], *, momentum_step: bool = True, **defaults: Any) -> None:
         super().__init__(params, defaults)

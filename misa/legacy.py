@@ -30,7 +30,7 @@ class BlockCoordinateDesentOptimizer(BlockCoordinateOptimizer):
 
     Args:
         base_optimizer: Tells what happens inside a round: its class, learning rate and other settings are taken over;
-            it is never stepped itself.
+            it is never stepped itself. A scheduler may act on it or on this one.
         named_parameters_list: `list(model.named_parameters())`.
         interval_steps: Steps in a round; `interval` of `MISA`.
         include_embedding_and_lm_head: Train embeddings and head all the time, on top of the limit.
@@ -98,7 +98,23 @@ class BlockCoordinateDesentOptimizer(BlockCoordinateOptimizer):
         )
         group = base_optimizer.param_groups[0]
         adam = {k: group[k] for k in ("betas", "eps") if inner is None}
-        super().__init__(named, settings, lr=group["lr"], weight_decay=group["weight_decay"], **adam)
+        decay = group.get("weight_decay", 0.0)
+        super().__init__(named, settings, lr=group["lr"], weight_decay=decay, **adam)
+        self.register_step_pre_hook(_RateOf(group))
+
+
+class _RateOf:
+    """Before a step, hands on a learning rate that a scheduler gave `base_optimizer`."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self._group = group
+        self._last = group["lr"]
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._group["lr"] != self._last:
+            self._last = self._group["lr"]
+            for group in optimizer.param_groups:
+                group["lr"] = self._last
 
 
 def _inner(base: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer] | None, dict[str, Any]]:

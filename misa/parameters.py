@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from misa.gradients import Number, gradient_norm
-from misa.inner import cut_residual, follow_weight, make_master
+from misa.inner import cut_residual, follow_weight, make_master, stamp
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -22,13 +24,20 @@ def owner(name: str) -> str:
 
 
 def named_parameters(model: nn.Module | Iterable[NamedParameter]) -> list[NamedParameter]:
-    """`(name, parameter)` pairs with tied parameters once; a list of pairs passes through the same way."""
+    """`(name, parameter)` pairs with tied parameters once; a list of pairs passes through the same way.
+
+    Raises:
+        ValueError: If something in a list is no such pair, or two parameters have one name.
+    """
     if isinstance(model, nn.Module):
         return list(model.named_parameters())
     seen: dict[int, NamedParameter] = {}
+    names: dict[str, int] = {}
     for item in model:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
             raise ValueError(f"parameters must be given with their names, as (name, parameter) pairs; got {type(item)}")
+        if names.setdefault(item[0], id(item[1])) != id(item[1]):
+            raise ValueError(f"parameters: two of them have the name {item[0]!r}; give each a name of its own")
         seen.setdefault(id(item[1]), item)
     return list(seen.values())
 
@@ -44,13 +53,39 @@ def trainable(named: Iterable[NamedParameter]) -> list[NamedParameter]:
 
 def is_frozen_by_us(p: nn.Parameter) -> bool:
     """Whether an optimizer of this package, and not the caller, switched the parameter off."""
-    return bool(getattr(p, "_misa_frozen", False))
+    return bool(getattr(p, "_misa_frozen", 0))
 
 
-def set_trainable(p: nn.Parameter, on: bool) -> None:
-    """Switch a parameter on or off, leaving the mark `is_frozen_by_us` reads."""
-    p.requires_grad_(on)
-    p._misa_frozen = not on  # type: ignore[attr-defined]
+class Freezing:
+    """Switches the parameters of an optimizer off, one by one off and on, and on again when the optimizer is forgotten.
+
+    Otherwise whoever freezes parts of the model later, as PEFT does, would freeze what is off already, and the mark
+    would still say that it was for us to switch on.
+
+    Args:
+        optimizer: Not kept alive.
+        params: What is switched off now, and on again at the end; may grow.
+    """
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, optimizer: object, params: list[nn.Parameter]) -> None:
+        self._number = next(self._numbers)
+        for p in params:
+            self.set_trainable(p, False)
+        weakref.finalize(optimizer, self._thaw, params, self._number).atexit = False
+
+    def set_trainable(self, p: nn.Parameter, on: bool) -> None:
+        """Switch a parameter on or off, leaving the mark `is_frozen_by_us` reads."""
+        p.requires_grad_(on)
+        p._misa_frozen = 0 if on else self._number  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _thaw(params: list[nn.Parameter], number: int) -> None:
+        for p in params:
+            if getattr(p, "_misa_frozen", 0) == number:
+                p.requires_grad_(True)
+                p._misa_frozen = 0  # type: ignore[attr-defined]
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
@@ -117,8 +152,8 @@ class Entry:
     """One parameter that can be on, and all the optimizer knows of it."""
 
     __slots__ = (
-        *("__weakref__", "block", "group", "local", "master", "name", "norm", "param", "residual", "saved"),
-        "version",
+        *("__weakref__", "block", "grad_version", "group", "local", "master", "name", "norm", "param", "residual"),
+        *("saved", "stamp"),
     )
 
     def __init__(self, name: str, param: nn.Parameter, group: int, block: int) -> None:
@@ -130,8 +165,9 @@ class Entry:
         self.master: Tensor | None = None  # fp32 copy, while active
         self.residual: Tensor | None = None  # what the weight could not hold of its master, while inactive
         self.saved: dict[str, Any] | None = None  # inner state while no inner optimizer holds it
-        self.version = -1  # of the weight when the master was last written to it
+        self.stamp = (-1, -1)  # of the weight when the master was last written to it
         self.norm: Number | None = None  # of the gradient, measured during the backward pass
+        self.grad_version = -1  # of the gradient, when it was measured
 
     @property
     def target(self) -> Tensor:
@@ -142,6 +178,16 @@ class Entry:
         """Norm of the gradient as it is now."""
         assert self.param.grad is not None
         return gradient_norm(self.param.grad)
+
+    def measure_in_backward(self) -> None:
+        """Keep the norm that the gradient has now, before clipping."""
+        self.norm = self.measure()
+        self.grad_version = self.param.grad._version if self.param.grad is not None else -1
+
+    @property
+    def has_changed_gradient(self) -> bool:
+        """Whether something was written to the gradient since it was measured in the backward pass."""
+        return self.norm is not None and self.param.grad is not None and self.param.grad._version != self.grad_version
 
     def find_local(self, part: Callable[[Tensor], Tensor]) -> None:
         """Look where the part of the weight that this process updates lies; it may have moved while it was off."""
@@ -154,12 +200,12 @@ class Entry:
 
     def make_master(self) -> None:
         """Copy the weight to fp32, with what an earlier master held beyond the weight's precision."""
-        self.master = make_master(self.local.detach(), self.residual, self.local._version != self.version)
-        self.residual, self.version = None, self.local._version
+        self.master = make_master(self.local.detach(), self.residual, stamp(self.local) != self.stamp)
+        self.residual, self.stamp = None, stamp(self.local)
 
     def follow_outside_edits(self) -> None:
         """Take over a weight that was edited since the last step (a merge, `load_state_dict`, an average)."""
-        if self.master is not None and self.local._version != self.version:
+        if self.master is not None and stamp(self.local) != self.stamp:
             follow_weight(self.master, self.local.detach())
 
     def drop_state(self, keep_residual: bool) -> None:
@@ -174,6 +220,13 @@ class Entry:
         self.master = None if self.master is None else self.master.to(device)
 
 
-def moved(values: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """The state of one parameter with its tensors on another device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+def moved(values: dict[str, Any], device: torch.device | str | None, copy: bool = False) -> dict[str, Any]:
+    """The state of one parameter with its tensors on another device (None: where they are), or copied in any case."""
+    return {k: v.detach().to(device or v.device, copy=copy) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of a tensor that is no scalar, or of the parts of a quantized one; 0 of anything else."""
+    if hasattr(value, "__tensor_flatten__"):  # a quantized moment: codes, scales, a table
+        return sum(num_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    return value.numel() * value.element_size() if isinstance(value, Tensor) and value.ndim else 0

@@ -34,6 +34,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         **defaults: `lr`, `betas`, `eps` and `weight_decay` of groups that have none of their own.
     """
 
+    skips_on_device = True
+
     def __init__(
         self, params: Iterable[Any], *, generator: torch.Generator, moments: str = "fp32", **defaults: Any
     ) -> None:

@@ -45,7 +45,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
     """
     params = {name: p for group in optimizer.param_groups for name, p in _named(optimizer, group)}
     found = dcp.FileSystemReader(str(folder)).read_metadata()
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {"state": {}}  # which has no entry where nothing holds state
     for key, stored in found.state_dict_metadata.items():
         path = (found.planner_data or {}).get(key)
         if path is None or path[0] != OPTIMIZER:

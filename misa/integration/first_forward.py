@@ -67,6 +67,23 @@ class FirstForward:
         restore_prefix(model)
 
 
+def warn_if_unreached(num_steps: int, interval: int, active: tuple[str, ...]) -> None:
+    """Say once that the loss does not reach what is active, which then never gets its steps.
+
+    Args:
+        num_steps: Calls of `step` in a row that found no gradient.
+        interval: Steps in a round.
+        active: Names of the active blocks.
+    """
+    if num_steps == max(interval, 10):
+        warnings.warn(
+            f"{num_steps} steps in a row found no gradient: the loss does not reach the active blocks "
+            f"{', '.join(active[:3])}, and no others are drawn before these had their steps. Keep blocks that the loss "
+            "does not use from being drawn, by exclude=",
+            stacklevel=4,
+        )
+
+
 def skip_frozen_prefix(model: nn.Module) -> None:
     """Let a checkpointed transformers model skip its frozen prefix in the backward pass.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from misa.distributed.workers import Workers
 from misa.gradients import TINY, NormSums, Number, Numbers, all_finite, each
-from misa.inner import FusedAdamW, make_inner
+from misa.inner import FusedAdamW, make_inner, stamp
 from misa.optimizer.settings import Settings
 from misa.parameters import Entry, moved
 
@@ -76,13 +76,16 @@ class ActiveSet:
             raise ValueError("step_in_backward=True: cannot be driven by a GradScaler; use bf16 instead of fp16")
         blocks = [e.block for e in entries]
         squares = self._squares(blocks, [e.measure() if e.norm is None else e.norm for e in entries])
+        now = squares
+        if not self._settings.step_in_backward and any(e.has_changed_gradient for e in entries):
+            now = self._squares(blocks, [e.measure() for e in entries])
         if overflow is not None and scale is None:  # the scaler has unscaled the gradients since the hooks measured
-            measured, squares = squares, self._squares(blocks, [e.measure() for e in entries])
-            self.unscale = (sum(squares) / (sum(measured) + TINY)) ** 0.5
+            self.unscale = (sum(now) / (sum(squares) + TINY)) ** 0.5
+            squares = now
         elif scale is not None:
             factor = self.unscale = 1 / (scale.item() if isinstance(squares, list) else scale.to(squares.device))
             squares = each(lambda x: x * factor * factor, squares)
-        good = all_finite(squares, overflow)
+        good = all_finite(now, overflow)
         if not self._settings.step_in_backward:
             self.prepare()
             self._run(self._inners[0], entries, good, scale)
@@ -109,7 +112,7 @@ class ActiveSet:
         def measure(p: Tensor) -> None:
             e = measured()
             if e is not None and p.grad is not None:
-                e.norm = e.measure()
+                e.measure_in_backward()
 
         def apply(p: Tensor) -> None:
             active = owner()
@@ -160,7 +163,7 @@ class ActiveSet:
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the inner optimizer takes over from a group: all of it, or lr and decay if it is not one of ours."""
-        if self._settings.inner is None or hasattr(self._settings.inner, "update"):
+        if self._settings.inner is None or hasattr(self._settings.inner, "skips_on_device"):
             return {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         return {k: group[k] for k in ("lr", "weight_decay") if k not in self._settings.inner_kwargs}
 
@@ -176,7 +179,7 @@ class ActiveSet:
             e.follow_outside_edits()
             e.take_gradient(part)
         # A plain torch optimizer cannot skip on the device: read the flag.
-        if good is False or not (hasattr(inner, "update") or bool(good)):
+        if good is False or not (hasattr(inner, "skips_on_device") or bool(good)):
             return
         if isinstance(inner, FusedAdamW):
             inner.update(good, scale)
@@ -184,7 +187,7 @@ class ActiveSet:
             for e in entries:
                 if e.master is not None and e.local.grad is not None:
                     e.master.grad = e.local.grad.float()
-            if hasattr(inner, "update"):
+            if hasattr(inner, "skips_on_device"):
                 inner.update(good, scale)
             else:
                 if scale is not None:
@@ -193,7 +196,7 @@ class ActiveSet:
             self._narrow(entries)
         self._workers.gather_weights(e.param for e in entries)
         for e in entries:
-            e.version = e.local._version
+            e.stamp = stamp(e.local)
             if e.local is not e.param:
                 e.local.grad = None
         if len(self._state) < len(self.entries):
@@ -208,4 +211,4 @@ class ActiveSet:
             if e.master is not None:
                 e.master.grad = None
                 e.local.copy_(e.master)
-                e.version = e.local._version
+                e.stamp = stamp(e.local)

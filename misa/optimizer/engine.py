@@ -17,7 +17,7 @@ from torch import nn
 from misa.distributed.workers import Workers
 from misa.distributed.wrapped import unwrapped
 from misa.gradients import Probe
-from misa.integration.first_forward import FirstForward
+from misa.integration.first_forward import FirstForward, warn_if_unreached
 from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
 from misa.optimizer import importance, state
@@ -25,7 +25,7 @@ from misa.optimizer.active import ActiveSet
 from misa.optimizer.blocks import Block, least_budget, partition, rest
 from misa.optimizer.sampling import BlockSampler
 from misa.optimizer.settings import Settings
-from misa.parameters import Entry, NamedParameter, named_parameters, set_trainable, trainable
+from misa.parameters import Entry, Freezing, NamedParameter, named_parameters, trainable
 
 
 class BlockCoordinateOptimizer(torch.optim.Optimizer):
@@ -69,6 +69,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self.settings = settings
         model = unwrapped(params) if isinstance(params, nn.Module) else None
         groups: list[Any] = [] if isinstance(params, nn.Module) else list(params)
+        groups = [{**g, "params": list(g["params"])} if isinstance(g, dict) else g for g in groups]
         source = model or [pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])]
         if model is not None:
             refuse_unsupported(model)
@@ -96,7 +97,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if settings.state_format not in ("master", "inner") and found:
             raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
         self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
-        self._round = self._num_steps = self._step_in_round = 0
+        self._round = self._num_steps = self._step_in_round = self._num_idle = 0
         self._workers = Workers(source, settings)
         self._record = None if settings.record is None or self._workers.rank else RoundRecord(settings.record)
         self._scores = np.zeros(len(self.blocks))
@@ -105,8 +106,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._num_good = 0  # steps taken in finished rounds
         self._gathered: dict[str, Any] | None = None  # state of all processes, until the next step
         self._probe = Probe(self._workers)
-        for p in self._owned:
-            set_trainable(p, False)
+        self._freezing = Freezing(self, self._owned)
         self._on = self._active_set()
         self._draw()
         self._model = None if model is None else weakref.ref(model)
@@ -157,6 +157,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; parameters added after construction are always on."""
         super().add_param_group(param_group)
+        if hasattr(self, "_on"):
+            self._off.difference_update(self.param_groups[-1]["params"])
         number = len(self.param_groups) - 1
         params = self.param_groups[-1]["params"]
         names = self.param_groups[-1].get("param_names") or [f"group{number}.{i}" for i in range(len(params))]
@@ -164,7 +166,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._entries |= {p: Entry(name, p, number, self._block_of.get(p, -1)) for name, p in added}
         if hasattr(self, "_on"):
             norms = self._on.norms
-            self._owned += [p for _, p in added]
+            self._owned += [p for _, p in added if p not in set(self._owned)]
             self._switch_to(self._active)
             self._on.norms = norms
 
@@ -182,7 +184,10 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._workers.settle()
         entries = self._on.with_gradient()
         if not entries:
+            self._num_idle += 1
+            warn_if_unreached(self._num_idle, self.settings.interval, self.active)
             return loss
+        self._num_idle = 0
         self._gathered = None
         found = getattr(self, "found_inf", None)  # set by a GradScaler, with grad_scale unless it has unscaled
         overflow = None if found is None else torch.as_tensor(found)
@@ -200,8 +205,11 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         return self._workers.no_sync()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of what is on; nothing else has any."""
+        """Clear the gradients of what is on, and what was measured of them; nothing else has any."""
+        self._probe.forget()
         for e in self._on.entries:
+            if not self.settings.step_in_backward:  # there the norm says that the step was taken
+                e.norm = None
             if set_to_none:
                 e.param.grad = None
             elif e.param.grad is not None:
@@ -256,14 +264,14 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             e.drop_state(keep_residual=False)
             e.residual = e.param.grad = None
         for p in self._owned:
-            set_trainable(p, True)
+            self._freezing.set_trainable(p, True)
         if self._model is not None and self._first_forward is not None and (model := self._model()) is not None:
             self._first_forward.undo(model)
         self._workers.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy; as in torch, hooks stay behind, and so does a scheduler's wrapper of `step`."""
-        left = ("step", "_on", "_model", "_first_forward", "_probe", "_workers", "found_inf", "grad_scale")
+        left = ("step", "_on", "_model", "_first_forward", "_probe", "_workers", "_freezing", "found_inf", "grad_scale")
         values = {k: v for k, v in self.__dict__.items() if k not in left and not k.endswith("_hooks")}
         return values | {"_packed": state.pack(self), "state": defaultdict(dict)}
 
@@ -275,8 +283,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             self._model = self._first_forward = None
             self._workers = Workers([(e.name, e.param) for e in self._entries.values()], self.settings, copied=True)
             self._probe = Probe(self._workers)
-            for p in self._owned:
-                set_trainable(p, False)
+            self._freezing = Freezing(self, self._owned)
             self._on = self._active_set()
             state.unpack(self, packed)
 
@@ -306,10 +313,10 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         on = [self._entries[p] for i in active for _, p in self.blocks[i].params if p in self._entries]
         on += [e for e in self._entries.values() if e.block < 0]
         for e in set(self._on.entries) - set(on):
-            set_trainable(e.param, False)
+            self._freezing.set_trainable(e.param, False)
             e.param.grad = None
         for e in on:
-            set_trainable(e.param, True)
+            self._freezing.set_trainable(e.param, True)
         self._on = self._active_set(on, active)
         self._start_probe_if_due()
 
@@ -358,13 +365,13 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         for i in set(range(len(self.blocks))) - set(self._active):
             params = [p for _, p in self.blocks[i].params]
             for p in params:
-                set_trainable(p, True)
+                self._freezing.set_trainable(p, True)
             self._probe.watch(i, params)
 
     def _stop_probe(self) -> None:
         for i in self._probe.blocks:
             for _, p in self.blocks[i].params:
-                set_trainable(p, False)
+                self._freezing.set_trainable(p, False)
         self._probe.stop()
 
 

@@ -95,7 +95,8 @@ def log_probabilities(scores: ArrayLike, eta: float, clip: float | None = None) 
     if clip is not None:
         exponent = np.minimum(exponent, clip)
     exponent -= exponent.max()
-    exponent -= math.log(np.exp(exponent).sum())
+    with np.errstate(under="ignore"):
+        exponent -= math.log(np.exp(exponent).sum())
     return exponent
 
 

@@ -100,7 +100,7 @@ class BlockSampler:
         if self.order == "all":
             return list(range(len(self._numels)))
         # Gumbel top-k: ranking by log p + Gumbel noise is successive weighted drawing without replacement.
-        noise = torch.rand(len(self._numels), generator=self._generator, dtype=torch.float64).numpy()
+        noise = torch.rand(len(self._numels), generator=self._generator, dtype=torch.float64, device="cpu").numpy()
         keys = np.log(-np.log(np.maximum(noise, 1e-300)))
         if self.order == "importance":
             keys -= log_p
@@ -128,7 +128,7 @@ class BlockSampler:
     def _new_cycle(self) -> list[int]:
         indices = [i for i in range(len(self._numels)) if self._fits(i)]
         if self.order == "shuffled":
-            return [indices[i] for i in torch.randperm(len(indices), generator=self._generator).tolist()]
+            return [indices[i] for i in torch.randperm(len(indices), generator=self._generator, device="cpu").tolist()]
         return indices[::-1] if self.order == "descending" else indices
 
     def state_dict(self) -> dict[str, Any]:

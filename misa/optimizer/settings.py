@@ -43,7 +43,8 @@ class Settings:
         first_pass: Draw never-used blocks first, one step each, until all were used.
         sample_last: Longest-idle blocks forced into each draw.
         probe_every: Every so many rounds, the last step of the round measures the gradient norm of all blocks;
-            0 never. Costs a full backward pass and, at its peak, one block's gradient of memory.
+            0 never. Costs a full backward pass and, at its peak, one block's gradient of memory. Wants one backward
+            pass a step: over several, what is off is measured in each, and scores lower than what is on.
         state_policy: What becomes of moments and master copies at a switch: `"drop"` frees what goes off, `"reset"`
             starts every round afresh, also for what stays on (Algorithm 1), `"cpu"` moves them to main memory until the
             block is drawn again, `"keep"` leaves them where they are.
@@ -58,7 +59,7 @@ class Settings:
             moments of its own rows of every active weight, and gets the other rows from the others after a step. Needs
             AdamW as the inner optimizer. A process alone keeps all.
         inner: Class or factory of the inner optimizer, called with parameter groups and `inner_kwargs`; None is AdamW.
-        inner_kwargs: Further arguments of `inner`.
+        inner_kwargs: Further arguments of `inner`: all but `lr` and `weight_decay`, which it has from its groups.
         seed: Seed of the sampler's and the rounding's own generators.
         record: Path of a JSONL file that gets a line for every round, or None.
     """

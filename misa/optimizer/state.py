@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+from misa.parameters import moved, num_bytes
 
 if TYPE_CHECKING:
     from misa.optimizer.engine import BlockCoordinateOptimizer
@@ -20,20 +22,14 @@ def state_bytes(optimizer: BlockCoordinateOptimizer) -> dict[str, int]:
     found = {"master": 0, "moments": 0, "residual": 0, "kept": 0}
     on = {id(e) for e in optimizer._on.entries}
     for e in optimizer._entries.values():
-        saved = sum(map(_bytes, (e.saved or {}).values()))
+        saved = sum(map(num_bytes, (e.saved or {}).values()))
         if id(e) in on:
-            found["master"] += _bytes(e.master)
-            found["moments"] += saved + sum(map(_bytes, optimizer.state.get(e.param, {}).values()))
+            found["master"] += num_bytes(e.master)
+            found["moments"] += saved + sum(map(num_bytes, optimizer.state.get(e.param, {}).values()))
         else:
-            found["kept"] += saved + _bytes(e.master)
-        found["residual"] += _bytes(e.residual)
+            found["kept"] += saved + num_bytes(e.master)
+        found["residual"] += num_bytes(e.residual)
     return found
-
-
-def _bytes(value: Any) -> int:
-    if hasattr(value, "__tensor_flatten__"):  # a quantized moment: codes, scales, a table
-        return sum(_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
-    return value.numel() * value.element_size() if isinstance(value, Tensor) and value.ndim else 0
 
 
 def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
@@ -53,6 +49,7 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
     sums, num_good = optimizer._on.norms.read()
     held_by_us = {
         "format": FORMAT,
+        "rule": _rule(optimizer),
         "blocks": _layout(optimizer),
         **{name: getattr(optimizer, f"_{name}") for name in NUMBERS},
         **{name: torch.tensor(getattr(optimizer, f"_{name}")) for name in ARRAYS},
@@ -82,8 +79,15 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
     before, now = len(saved["param_groups"]), len(optimizer.param_groups)
     if before != now:
         raise ValueError(f"state_dict: has {before} parameter groups, this optimizer {now}")
-    for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        group.update({k: v for k, v in values.items() if k != "params"})
+    rule = _rule(optimizer)
+    if (other := list(held.get("rule", rule))) != rule:
+        raise ValueError(f"state_dict: inner optimizer and state_format were {other}, and are {rule} here")
+    names = {p: e.name for p, e in optimizer._entries.items()}
+    for i, (group, values) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
+        own = {names[p] for p in group["params"] if p in names}
+        if strange := sorted(own.symmetric_difference(values.get("params", own))):
+            raise ValueError(f"state_dict: group {i} of parameters differs in {len(strange)}, first {strange[0]}")
+        group.update({k: deepcopy(v) for k, v in values.items() if k != "params"})
     for name in NUMBERS:
         setattr(optimizer, f"_{name}", held[name])
     for name in ARRAYS:
@@ -97,17 +101,19 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
     for e in optimizer._entries.values():
         device = e.param.device if e in on else None
         found = saved["state"].get(e.name, {})
-        values = {k: optimizer._workers.part_for(v, e.param) for k, v in found.items()}
-        values = _copied(values, device)
+        values = moved({k: optimizer._workers.part_for(v, e.param) for k, v in found.items()}, device, copy=True)
         e.master, e.residual = values.pop("master", None), values.pop("residual", None)
         e.residual = None if e.residual is None else e.residual.cpu()
         e.saved = values or None
-        e.version = -1  # so that the first step checks the master against the weight
+        e.stamp = (-1, -1)  # so that the first step checks the master against the weight
         e.norm = None
 
 
-def _copied(values: dict[str, Any], device: torch.device | None) -> dict[str, Any]:
-    return {k: v.detach().to(device or v.device, copy=True) if isinstance(v, Tensor) else v for k, v in values.items()}
+def _rule(optimizer: BlockCoordinateOptimizer) -> list[str]:
+    """What the state of a parameter belongs to."""
+    inner = optimizer.settings.inner
+    name = "AdamW" if inner is None else getattr(inner, "__qualname__", type(inner).__name__)
+    return [name, optimizer.settings.state_format]
 
 
 def _check_layout(saved: list[list[Any]], own: list[list[Any]]) -> None:
@@ -122,6 +128,6 @@ def _check_layout(saved: list[list[Any]], own: list[list[Any]]) -> None:
     changed = [n for n in before if n in now and before[n] != now[n]]
     parts.extend(f"{name or 'always on'} was {before[name]} and is {now[name]}" for name in changed[:3])
     if not parts:
-        moved = next(a[0] for a, b in zip(saved, own, strict=True) if a[0] != b[0])
-        parts.append(f"the blocks are the same but in another order, first at {moved}")
+        first = next(a[0] for a, b in zip(saved, own, strict=True) if a[0] != b[0])
+        parts.append(f"the blocks are the same but in another order, first at {first}")
     raise ValueError("state_dict: does not belong to this model: " + "; ".join(parts))
