@@ -135,6 +135,7 @@ def make_job(
     from misa.data.text import find_text
     from misa.data.tokens import default_folder
     from misa.models import build_model, load_model, load_tokenizer, model_config, resolve_dtype
+    from misa.training.identity import source_digest
     from misa.training.run import Job, Parts
 
     loading = loading or LoadingOptions()
@@ -161,6 +162,7 @@ def make_job(
         **vars(loading),
         "tokenizer_name_or_path": tokenizer_source,
         "dtype": resolve_dtype(pretrain.dtype),
+        "model_digest": source_digest(pretrain.model_config, run.model_source(None)),
     }
 
     def make() -> Parts:

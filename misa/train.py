@@ -137,6 +137,7 @@ def make_job(
     from misa.data.sources import find_instructions
     from misa.data.tokens import default_folder
     from misa.models import load_model, load_tokenizer, resolve_dtype
+    from misa.training.identity import source_digest
     from misa.training.run import Job, Parts
 
     loading = loading or LoadingOptions()
@@ -147,14 +148,17 @@ def make_job(
     records, apart, digest = source.read(finetune.validation_samples > 0, finetune.max_malformed)
     held_out = (apart or records)[: finetune.validation_samples]
     if finetune.validation_samples > len(apart or records[1:]):
+        left = "" if apart else ", and one must be left to train on"
         raise ValueError(
             f"validation_samples is {finetune.validation_samples}, but there are {len(apart or records)} records to "
-            "take them from, and one must be left to train on"
+            f"take them from{left}"
         )
     if not apart:
         records = records[finetune.validation_samples :]
-    settings = {**vars(finetune), **vars(loading), "dtype": resolve_dtype(finetune.dtype)}
     weights = run.model_source(finetune.model_name_or_path)
+    sources = (finetune.model_name_or_path, finetune.tokenizer_name_or_path, weights)
+    settings = {**vars(finetune), **vars(loading), "dtype": resolve_dtype(finetune.dtype)}
+    settings["model_digest"] = source_digest(*sources)
 
     def make() -> Parts:
         if finetune.tokenizer_name_or_path is None:
@@ -175,15 +179,25 @@ def make_job(
                 tokenized_dir=finetune.tokenized_dir or default_folder(),
             )
 
+        train, validation = dataset(records), dataset(held_out) if held_out else None
+        padded = finetune.max_length if finetune.padding == "max_length" else None
+        longest = padded or max(max(part.lengths) for part in (train, validation) if part is not None)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"max_length is {finetune.max_length}, and there are sequences of {longest} tokens; allowed is up to "
+                f"the model's {limit}"
+            )
         return Parts(
             model=model,
             tokenizer=tokenizer,
-            train_dataset=dataset(records),
-            eval_dataset=dataset(held_out) if held_out else None,
+            train_dataset=train,
+            eval_dataset=validation,
             collator=InstructionCollator(
                 tokenizer.pad_token_id,
-                keep_all_logits=not _cuts_logits(model),
-                pad_to=finetune.max_length if finetune.padding == "max_length" else None,
+                # Smoothed labels have a loss of their own, which wants them all.
+                keep_all_logits=not _cuts_logits(model) or training.label_smoothing_factor > 0,
+                pad_to=padded,
             ),
         )
 

@@ -23,6 +23,8 @@ class RoundRecord:
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._next = -1  # the round that follows the last line, or -1 if the file has not been looked at
+        if self._path.is_dir():
+            raise ValueError(f"record is {path!r}, a folder; it must name a file")
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, optimizer: BlockCoordinateOptimizer, measured: dict[int, float]) -> None:

@@ -25,11 +25,19 @@ def adapters(model: nn.Module, options: dict[str, Any], use_dora: bool = False) 
         A `peft.PeftModel`. PEFT keeps the adapters in fp32 beside bf16 weights.
 
     Raises:
-        ValueError: If a target is the name of no linear layer.
+        ValueError: If a target is the name of no linear layer, or the model has adapters already.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model is an adapter on another: start from its base model, or from a merged one")
     target = options["lora_target"]
+    linear = [f".{name}" for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for name in () if target == "all" else map(str.strip, target.split(",")):
+        if not any(path.endswith(f".{name}") for path in linear):
+            known = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+            raise ValueError(f"lora_target is {target!r}: {name!r} is no linear layer; allowed are all, or of {known}")
     config = LoraConfig(
         r=options["lora_r"],
         lora_alpha=options["lora_alpha"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 # Settings that say where a run lies, how it is shown, kept or fed, or that follow from others: two runs that differ
@@ -31,9 +32,29 @@ def matters(name: str) -> bool:
     return name not in INCIDENTAL and not name.startswith(INCIDENTAL_PREFIXES)
 
 
+def source_digest(*sources: str | None) -> str | None:
+    """SHA-256 over the files that a run starts from: folders of models and tokenizers, GGUF files, configurations.
+
+    Args:
+        sources: Paths, or names that a hub knows.
+
+    Returns:
+        The digest, or None if none of them is a file or a folder.
+    """
+    from misa.data.records import files_digest
+    from misa.evaluation.folder import SCORED_FILES
+
+    files = [Path(source) for source in sources if source is not None and Path(source).is_file()]
+    for folder in dict.fromkeys(Path(source) for source in sources if source is not None and Path(source).is_dir()):
+        files += [path for pattern in SCORED_FILES for path in sorted(folder.glob(pattern))]
+    return files_digest(files) if files else None
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Say in which settings that matter two configurations differ, or return ""."""
     old, new = _with_batch_size(old), _with_batch_size(new)
+    if "model_digest" not in old:  # of a run from before it was kept
+        new = {**new, "model_digest": None}
     names = sorted(name for name in old.keys() | new.keys() if matters(name) and old.get(name) != new.get(name))
     return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
 

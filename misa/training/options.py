@@ -40,6 +40,12 @@ class RunOptions:
     stop_on_nan: bool = _option(True, "stop with an error at the first loss that is not a finite number")
     tags: str | None = _option(None, "words to find the run by, kept in its result file")
 
+    def __post_init__(self) -> None:
+        """Refuse an empty name, as of a variable that is not set."""
+        for name in ("output_dir", "checkpoint_dir", "continue_from"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; it must name a folder")
+
     def model_source(self, default: str | None) -> str | None:
         """Where the first weights come from: `continue_from`, unless it is a checkpoint, which is loaded later.
 
@@ -201,6 +207,45 @@ OTHER_DEFAULTS: dict[str, Any] = {
 }
 
 
+# The least that makes sense, where transformers says so late, in other words, or never.
+LEAST: dict[str, int] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "max_grad_norm": 0,
+}
+
+
+def require_sense(fields: dict[str, Any]) -> None:
+    """Check options of `transformers.TrainingArguments` that it does not check itself.
+
+    Args:
+        fields: Options by name.
+
+    Raises:
+        ValueError: If one is out of range, or would be ignored.
+    """
+    for name, least in LEAST.items():
+        if not fields[name] >= least:  # also of what is no number
+            raise ValueError(f"{name} is {fields[name]}, allowed is {least} or more")
+    if fields["max_steps"] != -1 and fields["max_steps"] < 1:
+        raise ValueError(f"max_steps is {fields['max_steps']}, allowed is 1 or more, or -1 for num_train_epochs")
+    if fields["max_steps"] == -1 and not fields["num_train_epochs"] > 0:
+        raise ValueError(f"num_train_epochs is {fields['num_train_epochs']}, allowed is more than 0")
+    orders = ("group_by_length", "random", "sequential")
+    if fields["train_sampling_strategy"] not in orders:
+        raise ValueError(
+            f"train_sampling_strategy is {fields['train_sampling_strategy']!r}, allowed is {', '.join(orders)}"
+        )
+    if fields.get("resume_from_checkpoint"):
+        raise ValueError(
+            "resume_from_checkpoint is not needed: the same command goes on by itself; "
+            "continue_from starts from a checkpoint of another run"
+        )
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Name each option once, and no default where there is none."""
 
@@ -271,6 +316,7 @@ def parse(
         raise ValueError(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     fields = {**vars(values), **vars(common)}
     fields |= {name: value for name, value in others.items() if fields[name] is None}
+    require_sense(fields)
     refuse_launched(fields.get("deepspeed"), fields.get("fsdp"))
     fields["output_dir"] = run.checkpoint_dir or f"{run.output_dir}/checkpoints"
     allowed = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}

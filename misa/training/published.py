@@ -273,7 +273,7 @@ def _batch(line: Line) -> None:
             batch = math.gcd(total, batch * world_size()) // world_size() or 1
             line.set("per_device_train_batch_size", batch, "total_batch_size")
         at_once = batch * world_size()
-        if total < 1 or total % at_once:
+        if total < 1 or at_once < 1 or total % at_once:
             text = f" x {world_size()} processes" if world_size() > 1 else ""
             raise ValueError(f"--total_batch_size {total} is not a multiple of --batch_size {batch}{text}")
         if accumulation is not None and int(accumulation) * at_once != total:

@@ -30,6 +30,7 @@ from misa.training.checkpoints import RUN_FILE, checkpoints, fault, latest_check
 from misa.training.curves import curve_points, mean_loss
 from misa.training.errors import DivergedError
 from misa.training.identity import differences, matters
+from misa.training.lock import FolderLock
 from misa.training.options import MemoryOptions, MethodOptions, RunOptions
 from misa.training.space import require_space
 
@@ -123,20 +124,58 @@ def carry_out(job: Job) -> Result:
     Raises:
         ValueError: If the output or checkpoint folder belongs to a run with other settings, or a setting is wrong.
     """
-    begun = _begin(job)
-    return begun if isinstance(begun, Result) else _complete(job, *begun)
+    lock = _lock(job)
+    try:
+        begun = _begin(job, lock)
+        return begun if isinstance(begun, Result) else _complete(job, *begun)
+    finally:
+        on_first(lock.release)
 
 
-def _begin(job: Job) -> Result | tuple[Parts, Any, Any, Any]:
-    """Check what is asked for and load it; what the user can get wrong is found here."""
+def _lock(job: Job) -> FolderLock:
+    return FolderLock([Path(job.run.output_dir), Path(job.training.output_dir)])
+
+
+def _begin(job: Job, lock: FolderLock) -> Result | tuple[Parts, Any, Any, Any]:
+    """Check what is asked for and load it; what the user can get wrong is found here, before anything is removed."""
     output, scratch = Path(job.run.output_dir), Path(job.training.output_dir)
-    if (done := on_first(lambda: _finished(job, output, scratch))) is not None:
+    _spare_sources(job, output, scratch)
+    on_first(lock.acquire)
+    if (done := on_first(lambda: _finished(job, output))) is not None:
         logger.info("%s is finished: %s is there, nothing to do", job.name, output / RESULT_FILE)
         return done
-    if job.run.is_checkpoint() and (problem := fault(Path(str(job.run.continue_from)))) is not None:
-        raise ValueError(f"continue_from is {job.run.continue_from!r}, a checkpoint that cannot be used: {problem}")
-    on_first(lambda: _claim(job, scratch))
-    return _prepare(job)
+    if job.run.is_checkpoint():
+        _check_start(job, Path(str(job.run.continue_from)))
+    is_own = on_first(lambda: _owns_checkpoints(job, scratch))
+    prepared = _prepare(job)
+    on_first(lambda: _take(job, output, scratch, is_own))
+    return prepared
+
+
+def _spare_sources(job: Job, output: Path, scratch: Path) -> None:
+    """Refuse to train from what the run itself would remove or overwrite."""
+    lost = [output / MODEL_FOLDER]
+    if job.run.overwrite_output_dir:
+        lost += [output / SNAPSHOTS_FOLDER, scratch]
+    sources = {name: job.settings.get(name) for name in ("model_name_or_path", "tokenizer_name_or_path")}
+    for name, source in (sources | {"continue_from": job.run.continue_from}).items():
+        for folder in lost:
+            if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"{name} is {source!r}, which this run would overwrite: choose another output_dir")
+
+
+def _check_start(job: Job, checkpoint: Path) -> None:
+    """Refuse a checkpoint that this run cannot start from."""
+    name = f"continue_from is {str(checkpoint)!r}, a checkpoint"
+    if (problem := fault(checkpoint)) is not None:
+        raise ValueError(f"{name} that cannot be used: {problem}")
+    mark = checkpoint.parent / RUN_FILE
+    method = json.loads(mark.read_text(encoding="utf-8")).get("method") if mark.is_file() else None
+    if method not in (None, job.method.method):
+        raise ValueError(f"{name} of method {method}, and this run's is {job.method.method}")
+    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if 0 < job.training.max_steps <= step:
+        raise ValueError(f"{name} of step {step}: max_steps is {job.training.max_steps}, so none is left to train")
 
 
 def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
@@ -160,50 +199,60 @@ def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> R
     return result
 
 
-def _finished(job: Job, output: Path, scratch: Path) -> Result | None:
-    if not (output / RESULT_FILE).is_file():
+def _finished(job: Job, output: Path) -> Result | None:
+    """The result that is there, if it is that of this run and is to stay."""
+    if not (output / RESULT_FILE).is_file() or job.run.overwrite_output_dir:
         return None
-    if not job.run.overwrite_output_dir:
-        result = read_result(output)
-        if changed := differences(result.config, job.config()):
-            raise ValueError(
-                f"{output} holds the finished run {result.run!r} with other settings: {changed}; "
-                "--overwrite_output_dir starts it again, or choose another output_dir"
-            )
-        return result
-    # The result goes last: as long as it is there, this run is the finished one.
-    remove_checkpoints(scratch)
-    shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
-    shutil.rmtree(output / SNAPSHOTS_FOLDER, ignore_errors=True)
-    (output / CURVES_FILE).unlink(missing_ok=True)
-    (output / RESULT_FILE).unlink()
-    return None
+    result = read_result(output)
+    changed = differences(result.config, job.config())
+    if job.run.save_model and result.config.get("save_model") is False:
+        changed = ", ".join(filter(None, (changed, "save_model False -> True")))
+    if changed:
+        raise ValueError(
+            f"{output} holds the finished run {result.run!r} with other settings: {changed}; "
+            "--overwrite_output_dir starts it again, or choose another output_dir"
+        )
+    return result
 
 
-def _claim(job: Job, scratch: Path) -> None:
-    """Make sure that the checkpoints in the scratch folder, if any, are this run's."""
-    mark, config = scratch / RUN_FILE, job.config()
-    if checkpoints(scratch) and mark.is_file():
-        try:
-            changed = differences(json.loads(mark.read_text(encoding="utf-8")), config)
-        except (ValueError, AttributeError):
-            changed = f"{RUN_FILE} is damaged"
-        if not changed:
-            return
-        if not job.run.overwrite_output_dir:
-            raise ValueError(
-                f"{scratch} holds checkpoints of a run with other settings: {changed}; "
-                "--overwrite_output_dir starts again, or choose another checkpoint_dir"
-            )
-        remove_checkpoints(scratch)
-    elif checkpoints(scratch):
+def _owns_checkpoints(job: Job, scratch: Path) -> bool:
+    """Whether the checkpoints in the scratch folder, if any, are this run's; others that may not go are refused."""
+    mark = scratch / RUN_FILE
+    if not checkpoints(scratch):
+        return True
+    if not mark.is_file():
         raise ValueError(f"{scratch} holds checkpoints of something else; choose another checkpoint_dir")
-    write_text(mark, json.dumps(config, indent=1) + "\n")
+    try:
+        changed = differences(json.loads(mark.read_text(encoding="utf-8")), job.config())
+    except (ValueError, AttributeError):
+        changed = f"{RUN_FILE} is damaged"
+    if changed and not job.run.overwrite_output_dir:
+        raise ValueError(
+            f"{scratch} holds checkpoints of a run with other settings: {changed}; "
+            "--overwrite_output_dir starts again, or choose another checkpoint_dir"
+        )
+    return not changed
+
+
+def _take(job: Job, output: Path, scratch: Path, is_own: bool) -> None:
+    """Remove what an earlier run left, and mark the scratch folder as this run's."""
+    was_finished = (output / RESULT_FILE).is_file()
+    if was_finished or not is_own:
+        remove_checkpoints(scratch)
+    if was_finished:
+        # The result goes last: as long as it is there, that run is the finished one.
+        shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
+        shutil.rmtree(output / SNAPSHOTS_FOLDER, ignore_errors=True)
+        (output / CURVES_FILE).unlink(missing_ok=True)
+        (output / RESULT_FILE).unlink()
+    if not checkpoints(scratch):
+        write_text(scratch / RUN_FILE, json.dumps(job.config(), indent=1) + "\n")
 
 
 def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers.trainer_utils import has_length
 
     from misa.methods import build
     from misa.training.memory import MemoryWatch, apply_levers, chosen_options
@@ -215,6 +264,14 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     arguments = job.training
     steps = snapshot_steps(job.run.snapshot_steps, arguments.max_steps)
     parts = job.make()
+    if parts.eval_dataset is None and arguments.eval_strategy != "no":
+        strategy = getattr(arguments.eval_strategy, "value", arguments.eval_strategy)
+        raise ValueError(f"eval_strategy is {strategy}, but nothing is held out: give validation_samples")
+    if arguments.dataloader_drop_last and has_length(parts.train_dataset):
+        at_once = arguments.train_batch_size * arguments.world_size
+        if (num := len(parts.train_dataset)) < at_once:
+            raise ValueError(f"dataloader_drop_last: {num} training sequences make no batch of {at_once}")
+    _check_schedule(arguments)
     plan = apply_levers(job, parts.model)
     # What a method draws for itself, such as the start of its adapters.
     set_seed(arguments.seed)
@@ -256,6 +313,21 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     return parts, built, trainer, meter
 
 
+def _check_schedule(arguments: Any) -> None:
+    """Make the schedule of the learning rate once, for what is wrong with it is found nowhere else before training."""
+    import torch
+    from transformers import get_scheduler
+
+    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    kind, settings = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+    try:
+        get_scheduler(kind, nothing, num_warmup_steps=0, num_training_steps=10, scheduler_specific_kwargs=settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"lr_scheduler_type is {getattr(kind, 'value', kind)}, lr_scheduler_kwargs {settings}: {error}"
+        ) from error
+
+
 def _require_one_pass(method: str, arguments: Any) -> None:
     """Refuse what cannot be had where gradients are applied and freed in the backward pass."""
     if arguments.world_size > 1 and method == "galore_layerwise":
@@ -282,7 +354,8 @@ def _train(trainer: Any, meter: Any, checkpoint: Path | None) -> None:
     logger.info("continuing from %s", checkpoint)
     if step_of(checkpoint) >= state.max_steps:
         # Only the result was missing. transformers would train one step too many here.
-        trainer._load_from_checkpoint(str(checkpoint))
+        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        trainer._load_from_checkpoint(best or str(checkpoint))
         trainer.state = state
         meter.restore(state)
         return
@@ -297,7 +370,10 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
     evaluations = [point.value for point in points if point.metric == "eval_loss"]
     metrics = {"train_loss": mean_loss(losses), "final_train_loss": losses[-1].value}
     if evaluations:
-        metrics |= {"eval_loss": evaluations[-1], **parts.metrics(evaluations[-1])}
+        by_loss = job.training.metric_for_best_model in (None, "loss", "eval_loss")
+        is_best = job.training.load_best_model_at_end and by_loss and trainer.state.best_metric is not None
+        eval_loss = trainer.state.best_metric if is_best else evaluations[-1]
+        metrics |= {"eval_loss": eval_loss, **parts.metrics(eval_loss)}
     num_tokens = trainer.state.num_input_tokens_seen
     metrics |= {"num_steps": trainer.state.global_step, "num_tokens": num_tokens}
     # Without a result file, a model folder is a leftover of a run that was killed while writing.
@@ -349,13 +425,19 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
 
     # Its bars, of reading and writing model files, would break up the log; the run's own bar is another.
     transformers_logging.disable_progress_bar()
+    lock = None
     try:
         asked = job()
-        begun = _begin(asked)
-    except ValueError as error:
+        lock = _lock(asked)
+        begun = _begin(asked, lock)
+    except (ValueError, OSError, ImportError) as error:
         if first:  # the others have found the same
             print(f"{prog}: error: {error}", file=sys.stderr)
+            if lock is not None:
+                lock.release()
         return 2
+    except KeyboardInterrupt:
+        return 130
     try:
         # From here on an error is one of the program, and shows where it comes from.
         if not isinstance(begun, Result):
@@ -376,4 +458,6 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
             raise
         print(f"{prog}: error: the disk is full: {error.filename or ''}; what was saved before stays", file=sys.stderr)
         return 1
+    finally:
+        lock.release()
     return 0

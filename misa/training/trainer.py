@@ -177,3 +177,9 @@ class Schedule(TrainerCallback):
         if last and self.evaluate_at_end:
             control.should_evaluate = True
         return control
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """Do not evaluate the last step a second time because an epoch ends with it."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = False
+        return control
