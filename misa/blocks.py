@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa.models import MODEL_SIZES, first_line, model_config
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             meta_model(options.model), options.granularity, options.include, options.exclude, options.budget
         )
     except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {next(iter(str(error).strip().splitlines()), error)}", file=sys.stderr)
+        print(f"{parser.prog}: error: {first_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps({"model": options.model, **found}, indent=2) if options.json else table(found))
     return 0
@@ -59,16 +61,19 @@ def meta_model(name: str) -> nn.Module:
         The causal language model (for other kinds, the bare model) on the meta device.
 
     Raises:
-        ValueError: if the configuration cannot be read.
-        OSError: if there is no such model.
+        ValueError: if there is no such model, or the configuration cannot be read.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from misa.models import MODEL_SIZES, model_config
-
     known = name in MODEL_SIZES or Path(name).is_file()
-    config = model_config(name) if known else AutoConfig.from_pretrained(name)
+    try:
+        config = model_config(name) if known else AutoConfig.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"model {name!r} gives no configuration, allowed is a hub id, a local folder, a config.json, or one of "
+            f"{', '.join(MODEL_SIZES)}: {first_line(error)}"
+        ) from error
     kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
     with torch.device("meta"):
         model: nn.Module = kind.from_config(config)

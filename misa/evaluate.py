@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from misa.models import first_line
+
 LOAD_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate(arguments, ["python", "-m", "misa.evaluate", *words])
     except (ValueError, OSError) as error:
         # Messages of the libraries run over many lines; the first one says what is wrong.
-        print(f"misa.evaluate: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"misa.evaluate: error: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -33,6 +33,9 @@ MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
 
 DEFAULT_VOCAB_SIZE = 32_000
 
+# Fields of a configuration that count something.
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -68,8 +71,10 @@ def model_config(name: str, vocab_size: int | None = None, **overrides: Any) -> 
         A transformers configuration; for a built-in size a `LlamaConfig` with untied embeddings and 1024 positions.
 
     Raises:
-        ValueError: If the name is neither a size nor a readable configuration.
+        ValueError: If the name is neither a size nor a readable configuration, or a vocabulary is given for a model
+            that is no causal language model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, LlamaConfig
 
     if vocab_size is not None:
@@ -78,9 +83,17 @@ def model_config(name: str, vocab_size: int | None = None, **overrides: Any) -> 
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(**{"model_type": "llama", **fields, **overrides})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a model configuration: {error}") from error
+            fields = {"model_type": "llama", **fields, **overrides}
+            # transformers builds a model of some of these, or says nothing of the field.
+            for field_name in _SIZES:
+                if isinstance(size := fields.get(field_name), int) and size < 1:
+                    raise ValueError(f"{field_name} is {size}; it must be at least 1")
+            config = AutoConfig.for_model(**fields)
+        except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(f"{path} is not a model configuration: {_reason(error)}") from error
+        if vocab_size is not None:
+            require_causal(config, name)
+        return config
     size = name
     if size not in MODEL_SIZES:
         size = next((part for part in path.stem.lower().split("_") if part in MODEL_SIZES), "")
@@ -103,6 +116,22 @@ def model_config(name: str, vocab_size: int | None = None, **overrides: Any) -> 
         "use_cache": True,
     }
     return LlamaConfig(**{**fields, **overrides})
+
+
+def require_causal(config: Any, name: str) -> None:
+    """Check that a configuration is that of a causal language model, not of an encoder or an encoder-decoder.
+
+    Args:
+        config: A transformers configuration.
+        name: What its model is called in the message.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"model {name} is of type {config.model_type}; it must be a causal language model")
 
 
 def build_model(config: Any, seed: int, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
@@ -155,6 +184,8 @@ def load_model(source: str | Path, dtype: str = "float32", loading: LoadingOptio
     Raises:
         ValueError: If the folder is missing or holds no model, or the hub cannot give it.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     precision = torch_dtype(dtype)
     source, options = _located(source, loading)
     if loading is not None:
@@ -167,7 +198,7 @@ def load_model(source: str | Path, dtype: str = "float32", loading: LoadingOptio
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(str(source), dtype=precision, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise ValueError(f"no model at {source}: {first_line(error)}") from error
 
 
@@ -181,6 +212,7 @@ def load_tokenizer(source: str | Path, loading: LoadingOptions | None = None) ->
     Raises:
         ValueError: If there is none.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     source, options = _located(source, loading)
@@ -188,7 +220,7 @@ def load_tokenizer(source: str | Path, loading: LoadingOptions | None = None) ->
         options["use_fast"] = False
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"no tokenizer at {source}: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -264,7 +296,14 @@ def _require_source(source: str | Path) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(_reason(error)).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What lies behind the error of a configuration, whose own message tells of the check that found it."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return error.__cause__ or error if isinstance(error, StrictDataclassError) else error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -186,10 +186,9 @@ def make_job(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        if pretrain.max_length > config.max_position_embeddings:
-            raise ValueError(
-                f"max_length is {pretrain.max_length}, allowed is up to the model's {config.max_position_embeddings}"
-            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and pretrain.max_length > positions:
+            raise ValueError(f"max_length is {pretrain.max_length}, allowed is up to the model's {positions}")
         train, validation, measure = text.datasets(tokenizer)
 
         def metrics(eval_loss: float) -> dict[str, float]:

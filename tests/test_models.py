@@ -63,6 +63,40 @@ def test_configuration_comes_from_a_file_or_the_size_in_its_name(
         model_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"hidden_size": -5}, "hidden_size is -5; it must be at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_size": 30, "num_attention_heads": 4}, "is not a multiple of the number of attention heads"),
+    ],
+)
+def test_wrong_field_of_a_configuration_is_named(fields: dict, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"wrong\.json is not a model configuration: .*{reason}"):
+        model_config(str(path))
+
+
+def test_folder_with_a_wrong_configuration_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build_model(model_config("2m", 300), seed=0).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": -5}))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=f"at {folder}: The hidden size"):
+            load(folder)
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit"])
+def test_vocabulary_goes_with_causal_language_models(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"model_type": kind}))
+    assert model_config(str(path)).model_type == kind  # its blocks can be listed
+    with pytest.raises(ValueError, match=rf"other\.json is of type {kind}; it must be a causal language model"):
+        model_config(str(path), vocab_size=300)
+
+
 def test_weights_depend_on_the_seed_alone() -> None:
     config = model_config("2m", 300)
     torch.manual_seed(1)

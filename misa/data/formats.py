@@ -6,6 +6,7 @@ github.com/AGI-Edgerunners/LLM-Adapters), which is also how their published test
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,12 +167,14 @@ def plain_number(value: Any) -> str:
     """Write a number without a needless ".0".
 
     Raises:
-        ValueError: If it is no number.
+        ValueError: If it is no number, or not a finite one.
     """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{value!r} is not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a finite number")
     return str(int(number)) if number.is_integer() else str(number)
 
 

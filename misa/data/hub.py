@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import Any
+
+from misa.data.tokens import default_folder
+from misa.files import write_text
 
 TIMEOUT_S = 5
 
@@ -46,25 +50,32 @@ def load_hub(hub_id: str, config: str | None = None, streaming: bool = False) ->
 def hub_digest(hub_id: str, config: str | None) -> str:
     """Return a digest that names a data set of the hub at its present revision.
 
+    A revision is remembered beside the tokens, and taken from there when the hub does not answer: what an earlier run
+    has downloaded is of that revision, and a run that goes on without a network is still the same one.
+
     Args:
         hub_id: Repository.
         config: Configuration of the data set.
     """
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
+    # That of its HTTP library, which is not the same one in all versions.
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    remembered = default_folder() / "revisions" / hashlib.sha256(hub_id.encode()).hexdigest()[:32]
     try:
         revision = HfApi().dataset_info(hub_id, timeout=TIMEOUT_S).sha
-    # Without a hub, what an earlier run has downloaded may still be there.
-    except (HfHubHTTPError, httpx.HTTPError, OSError):
-        revision = None
+    except (HTTPError, OSError):
+        revision = remembered.read_text(encoding="utf-8") if remembered.is_file() else None
+    else:
+        # A cache that cannot be written is no error.
+        with contextlib.suppress(OSError):
+            write_text(remembered, str(revision))
     return hashlib.sha256(json.dumps([hub_id, config, revision]).encode()).hexdigest()
 
 
 def _require_hub(hub_id: str) -> None:
     """Ask once, with a short limit: the library's own retries would take minutes to learn that there is no network."""
-    import httpx
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
-    httpx.head(f"{constants.ENDPOINT}/datasets/{hub_id}", timeout=TIMEOUT_S, follow_redirects=True)
+    get_session().head(f"{constants.ENDPOINT}/datasets/{hub_id}", timeout=TIMEOUT_S, follow_redirects=True)

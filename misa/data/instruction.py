@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from misa.data.packing import IGNORED, pack
-from misa.data.records import Record, read_records, records_digest
+from misa.data.records import (
+    Record,
+    numbered_records,
+    records_digest,
+    require_text,
+    require_unicode,
+    sound_records,
+)
 from misa.data.tokens import cached_tokens, tokenizer_digest
 
 logger = logging.getLogger(__name__)
@@ -67,13 +74,17 @@ def read_instructions(path: str | Path, to_learn: bool = False) -> list[Record]:
     Raises:
         ValueError: If the file or a record is malformed; the message names the file and the line or record.
     """
-    records = read_records(path, REQUIRED_FIELDS)
-    for number, record in enumerate(records, start=1):
+
+    def check(record: Record) -> Record:
+        require_text(record, REQUIRED_FIELDS)
         if to_learn and not record["output"].strip():
-            raise ValueError(f"{path}, record {number}: field 'output' is empty, so there is nothing to learn")
+            raise ValueError("field 'output' is empty, so there is nothing to learn")
         if not isinstance(record.get("input") or "", str):
-            raise ValueError(f"{path}, record {number}: field 'input' must be text")
-    return records
+            raise ValueError("field 'input' must be text")
+        require_unicode("input", record.get("input") or "")
+        return record
+
+    return sound_records(numbered_records(path), check, 0.0, str(path))
 
 
 def encode(

@@ -24,7 +24,7 @@ class PretrainingText:
         max_length: Tokens in a sequence.
         max_eval_tokens: Tokens of the validation text to evaluate on.
         validation_share: Share of the documents held out where there is no validation split.
-        max_malformed: Share of the records of a file that may be malformed and is left out.
+        max_malformed: Share of the records of a file, or of a stream so far, that may be malformed and is left out.
         seed: Seed of a stream's order.
         shuffle_buffer: Documents of a stream that are mixed together.
         tokenized_dir: Folder that keeps tokens.
@@ -88,9 +88,16 @@ class PretrainingText:
 
     def _streamed(self, tokenizer: Any) -> tuple[Any, Any, Any]:
         documents, apart, share = open_streams(self.source, self.validation_share)
-        texts: Sequence[str] = first_texts(apart, tokenizer, self.max_eval_tokens, share)
+        texts: Sequence[str] = first_texts(apart, tokenizer, self.max_eval_tokens, share, self.max_malformed)
         stream = StreamedText(
-            documents, tokenizer, self.max_length, self.padding, self.seed, self.shuffle_buffer, share
+            documents,
+            tokenizer,
+            self.max_length,
+            self.padding,
+            self.seed,
+            self.shuffle_buffer,
+            share,
+            self.max_malformed,
         )
         if self.padding == "max_length":
             held_out = PaddedDataset("", lambda: texts, tokenizer, self.max_length, None, self.max_eval_tokens)

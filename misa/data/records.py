@@ -19,6 +19,9 @@ DIGEST_FILE = "digest.json"
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
+# A file with one of these endings is one document.
+DOCUMENT_SUFFIXES = (".txt", ".md")
+
 # How many malformed records a message names one by one.
 NUM_NAMED = 3
 
@@ -45,6 +48,17 @@ def find_split(source: str | Path, split: str) -> Path | None:
         if (path := source / f"{split}{suffix}").is_file():
             return path
     return None
+
+
+def surely_a_path(name: str) -> bool:
+    """Say of a file or folder that does not exist that its name can be no hub id ("owner/name").
+
+    It has not two parts, ends like a data file, or lies in a folder that is there.
+    """
+    path = Path(name)
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        return True
+    return path.suffix in (*SUFFIXES, *DOCUMENT_SUFFIXES) or path.parent.is_dir()
 
 
 def require_split(source: str | Path, split: str) -> Path:
@@ -90,13 +104,32 @@ def require_text(record: Mapping[str, Any], fields: Iterable[str]) -> None:
     """Check that a record has some fields, with text in them.
 
     Raises:
-        ValueError: If a field is missing or holds something else.
+        ValueError: If a field is missing or holds something else, or half a character.
     """
     for field in fields:
         if field not in record:
             raise ValueError(f"field {field!r} is missing; the record has {', '.join(map(repr, record))}")
         if not isinstance(record[field], str):
             raise ValueError(f"field {field!r} must be text, found {type(record[field]).__name__}")
+        require_unicode(field, record[field])
+
+
+def require_unicode(field: str, value: Any) -> None:
+    """Check that a value can be written as UTF-8: JSON can name half of a character (a surrogate), which no text holds.
+
+    Args:
+        field: Name of its field.
+        value: Text, or anything else that JSON knows.
+
+    Raises:
+        ValueError: If it has half a character.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start : error.end])
+        raise ValueError(f"field {field!r} holds half a character ({half}), which is no text") from None
 
 
 def numbered_records(path: str | Path) -> Iterator[tuple[str, Any]]:
@@ -132,8 +165,7 @@ def sound_records(
     Raises:
         ValueError: If there is no record, or too many are malformed; the first few are named.
     """
-    if not 0 <= max_malformed < 1:
-        raise ValueError(f"max_malformed is {max_malformed}, allowed is a share from 0 to below 1")
+    require_share(max_malformed)
     records, faults, count = [], [], 0
     for where, record in numbered:
         count += 1
@@ -156,6 +188,16 @@ def sound_records(
     if not records:
         raise ValueError(f"{source} holds no records that are not malformed")
     return records
+
+
+def require_share(max_malformed: float) -> None:
+    """Check a share of malformed records.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    if not 0 <= max_malformed < 1:
+        raise ValueError(f"max_malformed is {max_malformed}, allowed is a share from 0 to below 1")
 
 
 def write_records(path: str | Path, records: Iterable[Mapping[str, Any]]) -> Path:
@@ -255,6 +297,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     yield where, json.loads(line)
                 except json.JSONDecodeError as error:
                     yield where, ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
+                # A number of thousands of digits, or lists in lists without end.
+                except (ValueError, RecursionError) as error:
+                    yield where, ValueError(f"JSON that cannot be read ({error})")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -266,6 +311,8 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: JSON that cannot be read ({error})") from error
     if not isinstance(content, list):
         raise ValueError(f"{path}: expected a list of records, found {type(content).__name__}")
     for number, record in enumerate(content, start=1):

@@ -27,7 +27,9 @@ from misa.data.records import (
     find_split,
     numbered_records,
     records_digest,
+    require_unicode,
     sound_records,
+    surely_a_path,
 )
 
 logger = logging.getLogger(__name__)
@@ -141,7 +143,7 @@ def find_instructions(dataset_path: str, data_dir: str | None = None) -> Instruc
         if name != dataset_path:
             logger.info("no folder at %s; taking %s from the hub", dataset_path, hub.hub_id)
         return InstructionSource(name, hub_id=hub.hub_id, config=hub.config)
-    if path.is_absolute() or dataset_path.startswith(".") or dataset_path.count("/") != 1:
+    if surely_a_path(dataset_path):
         raise ValueError(
             f"data source {path} is neither a folder nor a file, nor a hub id (owner/name), nor one of "
             f"{', '.join(KNOWN)}"
@@ -244,6 +246,8 @@ def _read(
         converted = layout.convert(record)
         if to_learn and not converted["output"].strip():
             raise ValueError("field 'output' is empty, so there is nothing to learn")
+        for field, value in converted.items():
+            require_unicode(field, value)
         return converted
 
     return sound_records(numbered, convert, max_malformed, source)

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from misa.data.hub import load_hub
-from misa.data.text import DOCUMENT_SUFFIXES, TextSource, encode_padded, is_held_out, padded_item
+from misa.data.records import DOCUMENT_SUFFIXES, NUM_NAMED, require_share, require_text
+from misa.data.text import TextSource, encode_padded, is_held_out, padded_item
+from misa.models import first_line
+
+logger = logging.getLogger(__name__)
 
 # Places in the stream that are remembered: more than there are batches fetched ahead.
 NUM_PLACES = 256
@@ -34,7 +39,8 @@ def open_streams(source: TextSource, share: float) -> tuple[Any, Any, float]:
         they are splits of their own). Streams are `datasets.IterableDataset` with the field text.
 
     Raises:
-        ValueError: If the hub cannot give the text, files are of several kinds, or the first document has no text.
+        ValueError: If the hub cannot give the text, files are of several kinds or cannot be read, or the first document
+            has no text.
     """
     if source.hub_id is not None:
         splits = load_hub(source.hub_id, source.config, streaming=True)
@@ -46,12 +52,8 @@ def open_streams(source: TextSource, share: float) -> tuple[Any, Any, float]:
         validation = _open_files(source.validation) if source.validation else None
     if validation is None and not 0 < share < 0.5:
         raise ValueError(f"validation_share is {share}, allowed is a number between 0 and 0.5")
-    try:
-        first = next(iter(train), {})
-    # What a reader of `datasets` raises depends on the kind of file.
-    except Exception as error:
-        raise ValueError(f"{source.name} cannot be read: {str(error).splitlines()[0]}") from error
-    _text(first, f"{source.name}, first document")
+    first: dict[str, Any] = next(_readable(train, source.name), {})
+    _Sieve(0.0, source.name).text(first.get("text"), 1)
     return train, train if validation is None else validation, share if validation is None else 0.0
 
 
@@ -63,13 +65,71 @@ def _open_files(files: Sequence[Any]) -> Any:
         raise ValueError(f"streaming reads files of one kind, found {', '.join(sorted(suffixes))}")
     suffix = suffixes.pop()
     names = [str(path) for path in files]
+    kind, options = "parquet" if suffix == ".parquet" else "json", {}
     if suffix in DOCUMENT_SUFFIXES:
-        return datasets.load_dataset("text", data_files=names, split="train", streaming=True, sample_by="document")
-    kind = "parquet" if suffix == ".parquet" else "json"
-    return datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
+        kind, options = "text", {"sample_by": "document"}
+    try:
+        return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
+    except Exception as error:
+        raise _unreadable(", ".join(names), error) from error
 
 
-def first_texts(documents: Any, tokenizer: Any, max_tokens: int, share: float) -> list[str]:
+def _readable(documents: Iterable[Any], where: str) -> Iterator[Any]:
+    """Pass documents or batches on; what goes wrong in reading them becomes a `ValueError`."""
+    try:
+        yield from documents
+    except Exception as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> ValueError:
+    # What a reader of `datasets` raises depends on the kind of file; of an empty one it is this.
+    reason = "it is empty" if isinstance(error, StopIteration) else first_line(error)
+    return ValueError(f"{where} cannot be read: {reason}")
+
+
+class _Sieve:
+    """Leaves out documents without text as long as they are few.
+
+    Args:
+        max_malformed: Largest share of them, 0 to below 1.
+        source: Name of the stream in messages.
+        count: Documents that were read before.
+    """
+
+    def __init__(self, max_malformed: float, source: str, count: int = 0) -> None:
+        self.max_malformed = max_malformed
+        self.source = source
+        self.count = count
+        self.num_faults = 0
+        self.named: list[str] = []
+
+    def text(self, value: Any, number: int) -> str | None:
+        """Return the text of the document with a number, or None if it is left out; raise if none may be."""
+        self.count += 1
+        try:
+            require_text({"text": value}, ("text",))
+        except ValueError as error:
+            fault = f"{self.source}, document {number}: {error}"
+            if not self.max_malformed:
+                raise ValueError(fault) from None
+            if not self.num_faults:
+                logger.warning("%s; left out, as are others like it", fault)
+            self.num_faults += 1
+            self.named = [*self.named, fault][:NUM_NAMED]
+            return None
+        return str(value)
+
+    def judge(self) -> None:
+        """Raise if too many of the documents so far were left out."""
+        if self.num_faults > self.max_malformed * self.count:
+            raise ValueError(
+                f"{'; '.join(self.named)} ({self.num_faults} of {self.count} documents malformed, "
+                f"max_malformed allows a share of {self.max_malformed:g})"
+            )
+
+
+def first_texts(documents: Any, tokenizer: Any, max_tokens: int, share: float, max_malformed: float = 0.0) -> list[str]:
     """Return documents from the start of a stream that together have at least so many tokens.
 
     Args:
@@ -77,19 +137,21 @@ def first_texts(documents: Any, tokenizer: Any, max_tokens: int, share: float) -
         tokenizer: Counts the tokens.
         max_tokens: Tokens wanted.
         share: Take only documents that belong to this share, by hash; 0 takes all.
+        max_malformed: Share of the documents read that may be malformed and is left out with a warning.
 
     Raises:
-        ValueError: If the stream has no such document.
+        ValueError: If the stream has no such document, cannot be read, or too many documents are malformed.
     """
-    texts, count = [], 0
-    for number, record in enumerate(documents, start=1):
-        text = _text(record, f"validation text, document {number}")
-        if share and not is_held_out(text, share):
+    texts, count, sieve = [], 0, _Sieve(max_malformed, "validation text")
+    for number, record in enumerate(_readable(documents, "validation text"), start=1):
+        text = sieve.text(record.get("text"), number)
+        if text is None or (share and not is_held_out(text, share)):
             continue
         texts.append(text)
         count += len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
         if count >= max_tokens:
             break
+    sieve.judge()
     if not texts:
         raise ValueError(f"the stream holds no document to evaluate on (validation_share {share})")
     return texts
@@ -109,6 +171,8 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
         seed: Seed of the order.
         buffer: Documents in a chunk that are mixed together, at least 1.
         share: Leave out this share of the documents, by hash; 0 leaves out none.
+        max_malformed: Share of the documents read so far that may be malformed, 0 to below 1; they are left out with
+            one warning. A file that is not of its kind, such as a line that is no JSON, is refused all the same.
     """
 
     def __init__(
@@ -120,9 +184,11 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
         seed: int = 0,
         buffer: int = 1000,
         share: float = 0.0,
+        max_malformed: float = 0.0,
     ) -> None:
         if buffer < 1:
             raise ValueError(f"shuffle_buffer is {buffer}, allowed is 1 or more")
+        require_share(max_malformed)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token (eos_token) to put between documents")
         self.documents = documents
@@ -132,6 +198,7 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.seed = seed
         self.buffer = buffer
         self.share = share
+        self.max_malformed = max_malformed
         self._start = self._place(None, epoch=0, chunk=0, number=0, carry=[])
         self._places: deque[dict[str, Any]] = deque([self._start], maxlen=NUM_PLACES)
         self._skip = 0
@@ -170,6 +237,7 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._places.clear()
         number, epoch, chunk, carry = place["number"], place["epoch"], place["chunk"], list(place["carry"])
         stands = place["documents"]
+        sieve = _Sieve(self.max_malformed, "streamed text", count=chunk * self.buffer)
         while True:
             # A new object: one that has been read keeps its place.
             reader = self.documents.select_columns(["text"])
@@ -177,14 +245,14 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
                 reader.load_state_dict(copy.deepcopy(stands))
             whole, before = chunk == 0, (number, len(carry))
             # Unlike plain iteration, `iter` does not deal the files out to worker processes.
-            for batch in reader.iter(self.buffer):
+            for batch in _readable(reader.iter(self.buffer), "streamed text"):
                 self._places.append(self._place(stands, epoch, chunk, number, list(carry)))
                 # The reader stands behind this chunk, so this is where the next one begins.
                 stands = copy.deepcopy(reader.state_dict())
-                texts = [
-                    _text({"text": text}, f"streamed text, document {chunk * self.buffer + index}")
-                    for index, text in enumerate(batch["text"], start=1)
-                ]
+                first = chunk * self.buffer + 1
+                read = [sieve.text(value, index) for index, value in enumerate(batch["text"], start=first)]
+                sieve.judge()
+                texts = [text for text in read if text is not None]
                 for item in self._chunk_items(texts, epoch, chunk, carry):
                     number += 1
                     yield item
@@ -220,10 +288,3 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
         documents: dict[str, Any] | None, epoch: int, chunk: int, number: int, carry: list[int]
     ) -> dict[str, Any]:
         return {"documents": documents, "epoch": epoch, "chunk": chunk, "number": number, "carry": carry}
-
-
-def _text(record: Any, where: str) -> str:
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field 'text' must be text, found {type(text).__name__}")
-    return text

@@ -12,12 +12,9 @@ from typing import Any
 
 from misa.data.corpus import Blocks, cut_blocks, token_stream, train_tokenizer
 from misa.data.packing import IGNORED
-from misa.data.records import SUFFIXES, files_digest, find_split, read_records
+from misa.data.records import DOCUMENT_SUFFIXES, SUFFIXES, files_digest, find_split, read_records, surely_a_path
 from misa.data.tokens import cached_tokens, tokenizer_digest
 from misa.files import new_cache_entry
-
-# A file with one of these endings is one document.
-DOCUMENT_SUFFIXES = (".txt", ".md")
 
 # The pre-training set of the published runs, and the tokenizer they used with it.
 C4 = ("allenai/c4", "en", "google-t5/t5-base")
@@ -74,7 +71,7 @@ def find_text(dataset_path: str, config: str | None = None) -> TextSource:
         return TextSource(path.resolve().name, files, tokenizer=tokenizer)
     if dataset_path == "c4":
         return TextSource("c4", tokenizer=C4[2], hub_id=C4[0], config=config or C4[1])
-    if path.is_absolute() or dataset_path.startswith(".") or dataset_path.count("/") != 1:
+    if surely_a_path(dataset_path):
         raise ValueError(f"data source {path} is neither a folder nor a file, nor a hub id (owner/name), nor c4")
     return TextSource(path.name, hub_id=dataset_path, config=config)
 

@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words of the command line; by default those of this process.
 
     Returns:
-        Exit status: 0, or 2 for wrong input.
+        Exit status: 0, or 2 for wrong input or a folder that cannot be written.
     """
     from transformers import HfArgumentParser
 
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (settings,) = parser.parse_args_into_dataclasses(words[1:])
         run(settings, ["python", "-m", "misa.dynamics", *words])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -128,19 +128,20 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
         The folder written.
 
     Raises:
-        ValueError: If a model or the data is missing or unusable.
+        ValueError: If a model or the data is missing or unusable, or the folder cannot be written.
     """
     from misa.dynamics.comparison import compare
     from misa.dynamics.staleness import COLUMNS as STALENESS_COLUMNS
     from misa.dynamics.staleness import between, mean_staleness
     from misa.files import write_csv
-    from misa.results import Result, provenance, write_result
+    from misa.results import Result, output_folder, provenance, write_result
 
     start = time.perf_counter()
     norms: list[dict[str, Any]] = []
     variances: list[dict[str, Any]] = []
     metrics: dict[str, float] = {}
     snapshots = find_snapshots(settings.model)
+    folder = output_folder(settings.output_dir)
     of_run: dict[str, list[tuple[str, int, Any]]] = {}
     for snapshot in snapshots:
         gradients, names = snapshot_gradients(snapshot, settings)
@@ -178,8 +179,6 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
     if settings.follow_rounds:
         stale += follow_last(snapshots[-1], of_run[snapshots[-1].run][-1][2], settings)
     metrics |= mean_staleness(stale)
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "staleness.csv", STALENESS_COLUMNS, stale)
     write_csv(folder / "gradient_norms.csv", NORM_COLUMNS, norms)
     write_csv(folder / "variance.csv", VARIANCE_COLUMNS, variances)
@@ -208,15 +207,22 @@ def snapshot_gradients(snapshot: Snapshot, settings: VarianceArguments) -> tuple
 
     Returns:
         Its `BlockGradients`, and the name of each block with its short name inside the layer.
+
+    Raises:
+        ValueError: If model or data is missing or unusable, or the sequences are longer than the model allows.
     """
     from transformers.utils import logging as transformers_logging
 
     from misa.dynamics.gradients import block_gradients, matrix_name
+    from misa.memory.models import longest_sequence
     from misa.models import load_model
     from misa.optimizer import partition
 
     transformers_logging.disable_progress_bar()
     model = load_model(snapshot.folder, "float32")
+    limit = longest_sequence(model.config)
+    if limit is not None and settings.seq_len > limit:
+        raise ValueError(f"seq_len is {settings.seq_len}; {snapshot.folder} allows at most {limit}")
     batches = population(snapshot, settings, settings.seed, settings.num_batches)
     blocks = partition(model)
 

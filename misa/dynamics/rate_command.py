@@ -53,6 +53,9 @@ class RateArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("waves_updates", "llama_updates", "intervals"):
             self.numbers(name)
+        for name in ("waves_updates", "llama_updates"):
+            if len(self.numbers(name)) < 2:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; a slope needs at least 2 numbers, as 100,200")
 
     def numbers(self, name: str) -> list[int]:
         """A comma list as numbers.
@@ -79,14 +82,15 @@ def measure_rate(settings: RateArguments, command: list[str]) -> Path:
         The folder written.
 
     Raises:
-        ValueError: If the data is missing or unusable.
+        ValueError: If the data is missing or unusable, or the folder cannot be written.
     """
     from misa.dynamics.command import data_digest
     from misa.dynamics.rate import mean_sq_norm
     from misa.files import write_csv
-    from misa.results import Result, provenance, write_result
+    from misa.results import Result, output_folder, provenance, write_result
 
     start = time.perf_counter()
+    folder = output_folder(settings.output_dir)
     rows: list[dict[str, Any]] = []
     make = problem_makers(settings)
     runs = itertools.product(PROBLEMS, settings.numbers("intervals"), (True, False), range(settings.num_seeds))
@@ -99,8 +103,6 @@ def measure_rate(settings: RateArguments, command: list[str]) -> Path:
     metrics = slopes(rows)
     for name, value in metrics.items():
         print(f"{name}: {value:.3f}")
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "rate.csv", COLUMNS, rows)
     result = Result(
         run=settings.run,

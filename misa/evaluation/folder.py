@@ -6,8 +6,10 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from misa.data.records import files_digest
+from misa.models import first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -64,6 +66,29 @@ class ModelFolder:
     def is_local(self) -> bool:
         """Whether model and base model are both on this machine."""
         return self.is_gguf or (self.folder.is_dir() and Path(self.base).is_dir())
+
+    @property
+    def source(self) -> tuple[str, dict[str, str]]:
+        """What `from_pretrained` reads, of an adapter its base: a folder or hub id, and further arguments."""
+        return (str(self.folder.parent), {"gguf_file": self.folder.name}) if self.is_gguf else (self.base, {})
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the model, of an adapter that of its base.
+
+        Raises:
+            ValueError: If it cannot be read, or the hub does not give it.
+        """
+        from transformers import AutoConfig
+
+        source, of_file = self.source
+        try:
+            return AutoConfig.from_pretrained(source, **of_file)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model_name_or_path {self.name_or_path} gives no model, allowed is a folder with config.json or "
+                f"{ADAPTER_CONFIG}, a GGUF file, or a hub id: {first_line(error)}"
+            ) from error
 
     @cached_property
     def digest(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -76,13 +75,18 @@ class Model(HFLM):
         return len(self.tok_encode(text, add_special_tokens=False))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each prompt."""
+        """Return the continuation of each prompt.
+
+        Raises:
+            ValueError: If the longest continuation leaves no room for a prompt.
+        """
+        settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+        num_new = max((setting["max_gen_toks"] for setting in settings), default=0)
+        require_room("the task", num_new, self.max_length)
         if self.auto_batch_size and requests:
             longest = max(len(self.tok_encode(request.args[0])) for request in requests)
-            settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
-            tokens = longest + max(setting["max_gen_toks"] for setting in settings)
             beams = max(setting.get("num_beams", 1) for setting in settings)
-            self.batch_size_per_gpu = documents_that_fit(self.model, tokens * beams, self.device)
+            self.batch_size_per_gpu = documents_that_fit(self.model, (longest + num_new) * beams, self.device)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def tok_batch_encode(
@@ -115,6 +119,24 @@ class Model(HFLM):
             num_new=max_length - context.shape[1],
             end_ids=ends if isinstance(ends, list) else [ends],
             pad_id=self.tokenizer.pad_token_id,
+        )
+
+
+def require_room(task: str, num_new: int, max_length: int) -> None:
+    """Check that a prompt has room beside what is generated.
+
+    Args:
+        task: Its name.
+        num_new: Tokens that a response may have.
+        max_length: Longest context in tokens.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if num_new >= max_length:
+        raise ValueError(
+            f"max_length is {max_length} (without one: the model's), allowed is more than the {num_new} tokens that "
+            f"{task} may generate"
         )
 
 
@@ -158,9 +180,7 @@ def load_model(
 
     # The harness's warnings are about a model that is given as an object, which is what is meant here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    source, of_file = folder.base, {}
-    if folder.is_gguf:
-        source, of_file = str(Path(source).parent), {"gguf_file": Path(source).name}
+    source, of_file = folder.source
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **of_file)
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(SHARED_ATTENTION)

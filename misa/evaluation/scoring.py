@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa.data.records import require_split
-from misa.evaluation.standard import OF_BENCHMARK, STANDARD_TASKS, files_of, local_config, task_folder
-from misa.tasks.benchmarks import BENCHMARKS, find_test
+from misa.evaluation.standard import OF_BENCHMARK, STANDARD_TASKS, files_of, local_config, number_row, task_folder
+from misa.tasks.benchmarks import BENCHMARKS, find_test, read_test
 
 if TYPE_CHECKING:
     from misa.evaluation.model import Model
@@ -109,7 +109,8 @@ def data_files(tasks: Sequence[str], data_dir: str | None, offline: bool = False
         offline: Refuse the hub.
 
     Raises:
-        ValueError: If the folder or a file is missing; the message says where it comes from.
+        ValueError: If the folder or a file is missing; the message says where it comes from. If an answer that is to be
+            a number is none.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"data_dir {data_dir}: no such folder")
@@ -127,7 +128,40 @@ def data_files(tasks: Sequence[str], data_dir: str | None, offline: bool = False
             files[task] = files_of(task, data_dir)
         else:
             files[task] = [find_test(task.removeprefix(PREFIX), data_dir)]
+        benchmark = task.removeprefix(PREFIX)
+        if data_dir is not None and benchmark in STANDARD_TASKS and STANDARD_TASKS[benchmark].row is number_row:
+            _require_numbers(benchmark, data_dir)
     return files
+
+
+def _require_numbers(benchmark: str, data_dir: str) -> None:
+    """Refuse an answer that no response can be scored against, which would show after all are generated."""
+    for number, record in enumerate(read_test(benchmark, data_dir), start=1):
+        try:
+            number_row(record)
+        except ValueError as error:
+            path = find_test(benchmark, data_dir)
+            raise ValueError(f"{path}, record {number}: field 'answer' must be a number: {error}") from error
+
+
+def num_generated(task: str) -> int:
+    """Return how many tokens a response may have, 0 for a task that generates none.
+
+    For a task of the harness that needs the hub it is 0, too: what it generates stands in files that the harness
+    finds by itself.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = TASK_FOLDER / f"{task}.yaml"
+    if task in STANDARD_TASKS:
+        if not STANDARD_TASKS[task].yaml:
+            return 0
+        path = task_folder(task) / STANDARD_TASKS[task].yaml
+    config = load_yaml(path, resolve_func=False)
+    if config["output_type"] != "generate_until":
+        return 0
+    return int(normalize_gen_kwargs(config["generation_kwargs"])["max_gen_toks"])
 
 
 def _hub_id(task: str) -> str:
@@ -151,8 +185,10 @@ def run_task(
         cache: Where responses are kept while the task runs, so that it goes on after an interruption.
 
     Raises:
-        ValueError: If the data folder lacks what the task reads.
+        ValueError: If the data folder lacks what the task reads, or the kept responses cannot be read.
     """
+    import sqlite3
+
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from torch.utils import collect_env
@@ -167,18 +203,23 @@ def run_task(
     metadata = {} if data_dir is None else {"data_dir": data_dir}
     manager = TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
     start = time.perf_counter()
-    found = simple_evaluate(
-        model=model,
-        tasks=[local_config(task, data_dir) if is_standard and data_dir is not None else task],
-        task_manager=manager,
-        batch_size=model.batch_size,
-        limit=limit,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-        use_cache=None if cache is None else str(cache),
-    )
+    try:
+        found = simple_evaluate(
+            model=model,
+            tasks=[local_config(task, data_dir) if is_standard and data_dir is not None else task],
+            task_manager=manager,
+            batch_size=model.batch_size,
+            limit=limit,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            use_cache=None if cache is None else str(cache),
+        )
+    except sqlite3.Error as error:
+        raise ValueError(
+            f"the responses kept in {cache}* cannot be used ({error}): remove these files to generate them again"
+        ) from error
     evaluate_s = time.perf_counter() - start
     metrics = flat_metrics(found["results"][task])
     # A group, such as mmlu, has samples of its parts only.

@@ -32,41 +32,83 @@ def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
         Path of the result file.
 
     Raises:
-        ValueError: If a path, a task or a number is wrong; the message names it and what is allowed.
+        ValueError: If a path, a task or a number is wrong; the message names it and what is allowed. If another process
+            evaluates into the same folder.
     """
     from misa.evaluation.folder import ModelFolder
     from misa.evaluation.scoring import data_files
     from misa.results import RESULT_FILE
+    from misa.training.lock import FolderLock
 
     tasks = _checked_tasks(arguments)
     folder = ModelFolder(arguments.model_name_or_path, arguments.offline)
     files = data_files(tasks, arguments.data_dir, arguments.offline)
     config = _resolve(arguments, tasks, folder, files)
     output = Path(arguments.output_dir)
+    is_done = _is_done(output, config)
+    if not is_done:
+        _require_room(tasks, folder, arguments.max_length)
     # The base first: what is wrong with it should not show after hours of scoring.
-    base_file = _base_file(arguments, command) if arguments.base else None
-    if _is_done(output, config):
+    base_file = _base_file(arguments, tasks, command) if arguments.base else None
+    if is_done:
         print(f"{output}: already evaluated with these settings, nothing to do")
     else:
-        scores = _scores(arguments, tasks, folder, config)
-        _write(arguments, folder, config, scores, command)
+        lock = FolderLock([output])
+        lock.acquire()
+        try:
+            scores = _scores(arguments, tasks, folder, config)
+            _write(arguments, folder, config, scores, command)
+        finally:
+            lock.release()
     if base_file is not None:
         _compare(output, base_file)
     return output / RESULT_FILE
 
 
-def _base_file(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
+def _require_room(tasks: list[str], folder: ModelFolder, max_length: int | None) -> None:
+    """Check before the model is loaded that each task leaves room for a prompt."""
+    from lm_eval.models.utils import resolve_max_length
+
+    from misa.evaluation.model import require_room
+    from misa.evaluation.scoring import num_generated
+
+    longest = max_length or resolve_max_length(folder.config)
+    for task in tasks:
+        require_room(task, num_generated(task), longest)
+
+
+def _base_file(arguments: EvaluateArguments, tasks: list[str], command: Sequence[str]) -> Path:
     """Return the harness's results of the model to compare with, scoring it first if it is no finished evaluation."""
     base = Path(str(arguments.base))
     if (base / HARNESS_FILE).is_file():
+        _require_same(base / HARNESS_FILE, tasks, arguments.limit)
         return base / HARNESS_FILE
     folder = Path(arguments.output_dir) / BASE_FOLDER
     run = f"{arguments.run or Path(arguments.output_dir).resolve().name}-base"
-    evaluate(
-        replace(arguments, model_name_or_path=str(base), output_dir=str(folder), run=run, base=None, load_type=None),
-        command,
-    )
+    own = replace(arguments, model_name_or_path=str(base), output_dir=str(folder), run=run, base=None, load_type=None)
+    try:
+        evaluate(own, command)
+    except ValueError as error:
+        raise ValueError(f"base {arguments.base}: {error}") from error
     return folder / HARNESS_FILE
+
+
+def _require_same(base_file: Path, tasks: list[str], limit: int | None) -> None:
+    """Check that a finished evaluation has a task to compare, and as many documents as are to be scored."""
+    try:
+        found = json.loads(base_file.read_text(encoding="utf-8"))
+        theirs, sizes = list(found["results"]), found["n-samples"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"base: {base_file} holds no results of an evaluation: {error!r}") from error
+    if not set(tasks) & set(theirs):
+        raise ValueError(f"base: {base_file} has the tasks {', '.join(theirs)}, and none of {', '.join(tasks)}")
+    for task, size in sizes.items():
+        wanted = size["original"] if limit is None else min(limit, size["original"])
+        if size["effective"] != wanted:
+            raise ValueError(
+                f"base: {base_file} was not scored on the same prompts: it has {size['effective']} documents of "
+                f"{task}, and with limit {limit} there are {wanted}"
+            )
 
 
 def _compare(output: Path, base_file: Path) -> None:
@@ -116,6 +158,7 @@ def _resolve(
 
     from misa.data.records import files_digest
     from misa.evaluation.scoring import task_digest
+    from misa.models import first_line
 
     settings = asdict(arguments)
     settings["device"] = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,9 +166,13 @@ def _resolve(
     settings["batch_size"] = _batch_size(arguments) or "auto"
     settings["dtype"] = folder.resolve_dtype(arguments.dtype)
     try:
-        torch.device(settings["device"])
-    except RuntimeError as error:
-        raise ValueError(f"device is {settings['device']!r}, allowed is cpu, cuda or another of torch's") from error
+        torch.zeros(1, device=settings["device"]).item()
+    # Without CUDA, torch asserts.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device is {settings['device']!r}, allowed is cpu, or cuda or another of torch's that this machine has: "
+            f"{first_line(error)}"
+        ) from error
     return settings | {
         "model_digest": folder.digest,
         "task_digests": {task: task_digest(task) for task in tasks},

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from misa.data.formats import plain_number
 from misa.tasks.benchmarks import find_test, read_test
 
 CHOICES = re.compile(r"[^:]*: (?P<question>.*)\n\nAnswer1: (?P<choices>.*)\n\nAnswer format: .*", re.DOTALL)
@@ -55,9 +56,13 @@ def choice_row(record: dict[str, str]) -> dict[str, Any]:
 
 
 def number_row(record: dict[str, str]) -> dict[str, Any]:
-    """Return the columns of GSM8K on the hub, without the worked solution, which the harness strips anyway."""
-    number = float(record["answer"].replace(",", ""))
-    return {"question": record["instruction"], "answer": f"#### {int(number) if number.is_integer() else number}"}
+    """Return the columns of GSM8K on the hub, without the worked solution, which the harness strips anyway.
+
+    Raises:
+        ValueError: If the answer is no number.
+    """
+    answer = plain_number(record["answer"].replace(",", ""))
+    return {"question": record["instruction"], "answer": f"#### {answer}"}
 
 
 # SVAMP and MAWPS are unknown to the harness: its GSM8K task on their problems, with the same worked examples.

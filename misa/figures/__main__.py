@@ -16,13 +16,13 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words of the command line; by default those of this process.
 
     Returns:
-        Exit status: 0, or 2 for wrong input.
+        Exit status: 0, or 2 for wrong input or a path that cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="python -m misa.figures",
         description="Draw figures as PDF and PNG. The same table gives the same bytes.",
     )
-    parser.add_argument("name", choices=[*FIGURES, "all"], help="which figure, or all whose table exists")
+    parser.add_argument("name", choices=[*FIGURES, "all"], help="which figure, or all whose table has rows")
     parser.add_argument("--table", help="CSV file (default: the figure's table in --data_dir)")
     parser.add_argument("--output", help="path without ending (default: the figure's name in --output_dir)")
     parser.add_argument("--data_dir", "--data-dir", default="paper_figures/data", help="folder of the tables")
@@ -34,17 +34,25 @@ def main(arguments: list[str] | None = None) -> int:
         drawn = 0
         for name in FIGURES if options.name == "all" else [options.name]:
             table = Path(options.table or Path(options.data_dir) / FIGURES[name])
-            if options.name == "all" and not table.is_file():
-                print(f"{name}: skipped, {table} does not exist", file=sys.stderr)
+            if options.name == "all" and (fault := _fault(table)):
+                print(f"{name}: skipped, {table} {fault}", file=sys.stderr)
                 continue
             _draw(name, table, Path(options.output or Path(options.output_dir) / name))
             drawn += 1
         if not drawn:
-            raise ValueError(f"{options.data_dir} holds none of the tables {', '.join(FIGURES.values())}")
-    except ValueError as error:
+            tables = ", ".join(FIGURES.values())
+            raise ValueError(f"{options.data_dir} holds none of the tables {tables}, or none with rows")
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _fault(table: Path) -> str:
+    """Why a table has nothing to draw; empty if it has."""
+    if not table.is_file():
+        return "does not exist"
+    return "has no rows" if read_table(table).empty else ""
 
 
 def _draw(name: str, table: Path, stem: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-COLUMNS = ("run", "kind", "method", "seed", "eval_loss")
 _FAR = 3  # times what eight of ten differences stay within
 
 
@@ -28,9 +28,8 @@ def plot(table: pd.DataFrame) -> Figure:
         The figure.
 
     Raises:
-        ValueError: If columns are missing, there are no rows, or nothing differs.
+        ValueError: If columns are missing, there are no rows, nothing differs, or no difference is finite.
     """
-    s.require(table, COLUMNS)
     import numpy as np
 
     from misa.results.ablation import compare_settings
@@ -38,9 +37,10 @@ def plot(table: pd.DataFrame) -> Figure:
 
     rows = compare_settings(table)
     common = rows[rows["factor"] == ""]
-    rows = rows[rows["differences"].map(len) > 0].reset_index(drop=True)  # what shares no seed with it cannot be shown
+    # What diverged, or shares no seed with it, cannot be shown.
+    rows = rows[rows["differences"].map(len) > 0].reset_index(drop=True)
     if rows.empty:
-        raise ValueError("all runs of the table have the same setting")
+        raise ValueError("all runs of the table have the same setting, or diverged")
     gaps = (rows["factor"] != rows["factor"].shift()).cumsum() - 1
     places = [i + 0.5 * gap for i, gap in enumerate(gaps)]
     with s.style():
@@ -67,6 +67,7 @@ def plot(table: pd.DataFrame) -> Figure:
         legend = "right is worse; faint: each seed, bars: 95% interval"
         figure.supxlabel(f"eval loss minus the common setting's (nats/token)\n{legend}", size="medium")
         loss, seeds = common["loss"].iloc[0], common["num_seeds"].iloc[0]
-        title = f"Common setting: {loss:.3f} nats/token, {seeds} seed{'s' if seeds > 1 else ''}"
+        words = f"{loss:.3f} nats/token" if math.isfinite(loss) else "diverged"
+        title = f"Common setting: {words}, {seeds} seed{'s' if seeds > 1 else ''}"
         figure.suptitle(title, x=0.02, ha="left", size="medium")
     return figure

@@ -21,7 +21,8 @@ def plot(table: pd.DataFrame) -> Figure:
     """Draw the loss of every method: mean over seeds, band from the lowest to the highest seed.
 
     Seeds of one method see the same steps; tokens and time of a point are their means. The axis of losses spans the
-    second half of the runs, where methods differ; what lies above comes earlier.
+    second half of the runs, where methods differ; what lies above comes earlier. Losses that are not finite are left
+    out.
 
     Args:
         table: Tidy table `convergence.csv`. Drawn is the evaluation loss, and the training loss for a kind of run
@@ -34,6 +35,8 @@ def plot(table: pd.DataFrame) -> Figure:
         ValueError: If columns are missing or no row holds a loss.
     """
     s.require(table, COLUMNS)
+    import numpy as np
+
     from misa.results.tables import series_label, with_series
 
     losses = table[table["metric"].isin(list(_METRICS))]
@@ -49,6 +52,7 @@ def plot(table: pd.DataFrame) -> Figure:
             metric = next(name for name in _METRICS if (of_kind["metric"] == name).any())
             of_kind = with_series(of_kind[of_kind["metric"] == metric])
             late = of_kind[of_kind["step"] >= of_kind["step"].max() / 2]["value"]
+            late = late[np.isfinite(late)]
             for (method, series), rows in of_kind.groupby(["method", "series"]):
                 points = rows.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"]).sort_index()
                 look = s.look(s.METHODS, method)
@@ -64,8 +68,9 @@ def plot(table: pd.DataFrame) -> Figure:
                     )
                     ax.fill_between(x, value["min"], value["max"], color=look.color, alpha=0.2, linewidth=0)
                     handles.setdefault((order.index(method), series_label(series, method)), line)
-            margin = 0.05 * (late.max() - late.min()) or 0.05
-            row[0].set_ylim(late.min() - margin, late.max() + margin)
+            if len(late):
+                margin = 0.05 * (late.max() - late.min()) or 0.05
+                row[0].set_ylim(late.min() - margin, late.max() + margin)
             row[0].set_ylabel(f"{_METRICS[metric]} (nats/token)")
             row[0].set_title(title, loc="left")
             for ax, (label, _) in zip(row, _AXES.values(), strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 COLUMNS = ("method", "model", "batch_size", "seq_len", "checkpointing", "category", "bytes", "moment")
 # Options that some methods know; a method gets those of them that it has.
 _OPTIONS = ("budget", "interval", "eta", "granularity", "always_on", "variant", "lora_r", "lora_alpha", "lora_dropout")
+_ENGINE_OPTIONS = ("state_format", "step_in_backward", "lean_adapters")
+_SIMULATED = ("method", "checkpoint_layers", *_ENGINE_OPTIONS, "lean_activations")
+_SIMULATED += ("compare", "fit", "memory_budget", "json")
+# Option -> those of which one must be given, or it would do nothing.
+_NEEDED = {
+    **dict.fromkeys(_SIMULATED, ("model",)),
+    **dict.fromkeys(("methods", "seed", "run"), ("model_name_or_path",)),
+    "variants": ("compare", "fit"),
+    "output_dir": ("compare", "model_name_or_path"),
+}
+# Option -> the least that makes sense.
+_LEAST = dict.fromkeys(("batch_size", "seq_len", "interval", "lora_r", "lora_alpha"), 1)
+_LEAST |= dict.fromkeys(("checkpoint_layers", "seed"), 0)
 
 
 @dataclass
@@ -31,16 +44,19 @@ class MemoryArguments:
         default=None,
         metadata={"help": "Simulate: a model's name (a wrong one lists them), its folder, or a JSON configuration."},
     )
-    method: str = field(default="misa", metadata={"help": "With --model: the method that trains."})
+    method: str | None = field(default=None, metadata={"help": "With --model: the method that trains (default: misa)."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Measure for real: folder of a causal language model, or the name of a size."}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for the results; with --model only --compare writes any."}
     )
-    methods: str = field(
-        default="adamw,lora,badam,lisa,misa",
-        metadata={"help": "With --model_name_or_path: the methods measured, comma separated."},
+    methods: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --model_name_or_path: the methods measured, comma separated (default: "
+            "adamw,lora,badam,lisa,misa)."
+        },
     )
     batch_size: int | None = field(
         default=None, metadata={"help": "Sequences in a step (default: 1 simulated, 4 measured)."}
@@ -101,23 +117,36 @@ class MemoryArguments:
         """Check what can be checked without loading anything."""
         if (self.model is None) == (self.model_name_or_path is None):
             raise ValueError("give either --model, to simulate, or --model_name_or_path, to measure a real model")
+        from misa.integration.chunked_loss import LOSSES
+
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        for name in given:
+            if (needed := _NEEDED.get(name)) and not set(needed) & set(given):
+                raise ValueError(f"{name} is given; it does nothing without {' or '.join(needed)}")
+            if (self.compare or self.fit) and name in ("method", *_OPTIONS, *_ENGINE_OPTIONS):
+                raise ValueError(f"{name} is given; compare and fit take the methods in the forms of variants")
         if self.model is None and self.output_dir is None:
             raise ValueError("output_dir is missing: measuring a real model writes result.json and memory.csv")
         if self.batch_size is None:
             self.batch_size = 1 if self.model else 4
         if self.seq_len is None:
             self.seq_len = 512 if self.model else 128
-        for name in ("batch_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype is {self.dtype!r}; allowed: bfloat16, float32")
+        if self.method is None and self.model:
+            self.method = "misa"
+        if self.methods is None and not self.model:
+            self.methods = "adamw,lora,badam,lisa,misa"
+        for name, least in _LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name, allowed in (("dtype", ("bfloat16", "float32")), ("loss", LOSSES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
 
     def method_names(self) -> list[str]:
         """The methods asked for, checked."""
         from misa.methods import METHODS
 
-        names = [name.strip() for name in self.methods.split(",") if name.strip()]
+        names = [name.strip() for name in str(self.methods).split(",") if name.strip()]
         unknown = [name for name in names if name not in METHODS]
         if unknown or not names:
             raise ValueError(f"methods is {self.methods!r}; allowed, comma separated: {', '.join(METHODS)}")
@@ -133,12 +162,9 @@ class MemoryArguments:
         layers = self.checkpoint_layers
         if layers is None:
             layers = ALL_LAYERS if self.gradient_checkpointing else 0
-        elif layers < 0:
-            raise ValueError(f"checkpoint_layers is {layers}; it must be 0 or more")
-        same = ("method", "batch_size", "seq_len", "loss", "dtype", "state_format", "step_in_backward")
-        same += ("lean_activations", "lean_adapters")
-        fields = {name: getattr(self, name) for name in same}
-        return Scenario(model=str(self.model), options=self.given_options(), checkpointing=layers, **fields)
+        same = ("method", "batch_size", "seq_len", "loss", "dtype", "lean_activations", *_ENGINE_OPTIONS)
+        own = {name: getattr(self, name) for name in same}
+        return Scenario(model=str(self.model), options=self.given_options(), checkpointing=layers, **own)
 
     def chosen(self) -> tuple[str, ...]:
         """What was given of the fields that `--memory_budget` would choose."""
@@ -171,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words of the command line; by default those of this process.
 
     Returns:
-        Exit status: 0, or 2 for wrong input.
+        Exit status: 0, or 2 for wrong input or a folder that cannot be written.
     """
     import sys
 
@@ -184,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
             simulate(settings)
             return 0
         measure_all(settings, [parser.prog, *(sys.argv[1:] if arguments is None else arguments)])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -197,7 +223,8 @@ def simulate(settings: MemoryArguments) -> None:
         settings: What is asked.
 
     Raises:
-        ValueError: For an unknown model, method or option, what cannot go together, or what fits nowhere.
+        ValueError: For an unknown model, method or option, what cannot go together, what fits nowhere, or a folder
+            that cannot be written.
     """
     import json
     from contextlib import redirect_stdout
@@ -206,6 +233,7 @@ def simulate(settings: MemoryArguments) -> None:
     from misa.memory import answers
     from misa.memory.models import configuration
     from misa.memory.sizes import parse_bytes
+    from misa.results import output_folder
 
     configuration(str(settings.model))
     scenario = settings.scenario()
@@ -215,7 +243,7 @@ def simulate(settings: MemoryArguments) -> None:
     found: Any
     with redirect_stdout(StringIO()) if settings.json else nullcontext():
         if settings.compare:
-            folder = Path(settings.output_dir or ".")
+            folder = output_folder(settings.output_dir or ".")
             found = answers.compare(scenario, answers.all_variants(settings.variants), folder)
         elif settings.fit:
             limit = parse_bytes(settings.fit, "fit")
@@ -245,13 +273,14 @@ def measure_all(settings: MemoryArguments, command: list[str]) -> Path:
         The folder written.
 
     Raises:
-        ValueError: For an unknown model, method or option.
+        ValueError: For an unknown model, method or option, or a folder that cannot be written.
     """
     from misa.files import write_csv
     from misa.memory.step import rows
-    from misa.results import Result, provenance, write_result
+    from misa.results import Result, output_folder, provenance, write_result
 
     names = settings.method_names()
+    folder = output_folder(str(settings.output_dir))
     start = time.perf_counter()
     model_name = Path(settings.model_name_or_path).name
     table: list[dict[str, Any]] = []
@@ -271,8 +300,6 @@ def measure_all(settings: MemoryArguments, command: list[str]) -> Path:
         peaks.update({f"{name}/{category}_bytes": num for category, num in memory.peak.by_category.items()})
         details[name] = detail
         print(_line(name, memory), flush=True)
-    folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "memory.csv", COLUMNS, table)
     write_result(
         Result(

@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0, or 2 for wrong input.
+        Exit status: 0, or 2 for wrong input or a path that cannot be written.
     """
     parser = argparse.ArgumentParser(prog="python -m misa.memory.grid", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = provenance(["python", "-m", "misa.memory.grid", *(sys.argv[1:] if argv is None else argv)])
         held = {"part": options.part, **times, **{name: getattr(made, name) for name in _ORIGIN}, "rows": rows}
         write_text(Path(options.output), json.dumps(held) + "\n")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     return 0

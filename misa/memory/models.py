@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from misa.models import MODEL_SIZES, model_config
+from misa.models import MODEL_SIZES, model_config, require_causal
 
 # Vocabulary, hidden size, feed-forward size, layers, query heads, key and value heads, longest sequence.
 _SHAPES: dict[str, tuple[str, int, int, int, int, int, int, int]] = {
@@ -35,7 +35,7 @@ def configuration(name_or_path: str) -> Any:
         A transformers configuration, without a key and value cache.
 
     Raises:
-        ValueError: If it is none of them.
+        ValueError: If it is none of them, or no causal language model.
     """
     from transformers import AutoConfig
 
@@ -63,6 +63,7 @@ def configuration(name_or_path: str) -> Any:
         raise ValueError(
             f"model is {name_or_path!r}; allowed: {', '.join(MODEL_NAMES)}, a model's folder, or a JSON configuration"
         )
+    require_causal(config, name_or_path)
     config.use_cache = False
     return config
 

@@ -18,8 +18,8 @@ def parse_bytes(text: str, name: str = "memory") -> int:
     Raises:
         ValueError: If it is none.
     """
-    found = re.fullmatch(r"([0-9.]+) *([A-Za-z]+)", text.strip())
-    if not found or found[2].lower() not in _UNITS or found[1].count(".") > 1 or not float(found[1]):
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([A-Za-z]+)", text.strip())
+    if not found or found[2].lower() not in _UNITS or not float(found[1]):
         raise ValueError(f"{name} is {text!r}; it must be an amount with a unit, such as 24GiB or 24GB")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 

@@ -3,6 +3,7 @@
 from misa.results.io import (
     CURVES_FILE,
     RESULT_FILE,
+    output_folder,
     read_curves,
     read_result,
     write_curves,
@@ -27,6 +28,7 @@ __all__ = [
     "Machine",
     "Provenance",
     "Result",
+    "output_folder",
     "package_digest",
     "provenance",
     "read_curves",

@@ -23,13 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Words of the command line; by default those of this process.
 
     Returns:
-        Exit status: 0; 1 if `readme --check` finds the file out of date; 2 for wrong input.
+        Exit status: 0; 1 if `readme --check` finds the file out of date; 2 for wrong input or a path that cannot be
+        written.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
         return _run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
 

@@ -11,6 +11,8 @@ from misa.results.tables import Cell, require_one_kind
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Columns that a table `settings.csv` must have to be compared.
+COLUMNS = ("run", "kind", "method", "seed", "eval_loss")
 #: Settings that an ablation changes, in the order of tables and figures, with their names there.
 FACTORS = {
     "method": "variant",
@@ -41,16 +43,18 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row for each setting, the common one first: factor (what differs, comma separated; "" for the common
-        setting), label (such as "T = 50"), num_seeds, loss (mean over its seeds), differences (from the common setting,
-        one for each seed that both have; none for the common setting itself), and from_uniform (the same from the
-        setting with uniform draws, eta 0, and all else alike; none where there is no such setting, and for itself).
+        setting), label (such as "T = 50"), num_seeds, loss (mean over its seeds, not finite if one of them diverged),
+        differences (from the common setting, one for each seed with a loss of both; none for the common setting itself
+        and for one with a run that diverged), and from_uniform (the same from the setting with uniform draws, eta 0,
+        and all else alike; none where there is no such setting, and for itself).
 
     Raises:
-        ValueError: If there are no rows, runs of several kinds, or several of one setting and seed.
+        ValueError: If columns are missing, there are no rows, runs of several kinds, or several of one setting and
+            seed.
     """
     import pandas as pd
 
-    require_one_kind(settings)
+    require_one_kind(settings, COLUMNS)
     factors = [name for name in FACTORS if name in settings.columns]
     plain = settings.assign(**{name: settings[name].map(_plain) for name in factors})
     if (same := plain.duplicated([*factors, "seed"], keep=False)).any():
@@ -73,7 +77,7 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
                 "factor": ", ".join(different),
                 "label": "; ".join(_label(name, value) for name, value in different.items()) or "common setting",
                 "num_seeds": len(loss),
-                "loss": float(loss.mean()),
+                "loss": float(loss.mean(skipna=False)),
                 "differences": _paired(losses, key, common),
                 "from_uniform": _paired(losses, key, tuple((own | as_uniform)[name] for name in factors)),
             }
@@ -84,12 +88,16 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablation_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cell]]]:
-    """Build the table of `compare_settings`: of differences the mean, its standard error, and a paired t test's p."""
+    """Build the table of `compare_settings`: of differences the mean, its standard error, and a paired t test's p.
+
+    Of a setting with a run without a finite loss, that it diverged.
+    """
     head = ["setting", "runs", "eval loss (nats/token)", "minus common setting's, paired by seed", "p"]
     head += ["minus uniform draws', paired by seed", "p"]
     rows: list[list[str | Cell]] = []
     for row in compare_settings(settings).to_dict("records"):
-        start: list[str | Cell] = [row["label"], str(row["num_seeds"]), Cell(row["loss"])]
+        loss = Cell(row["loss"]) if math.isfinite(row["loss"]) else "diverged"
+        start: list[str | Cell] = [row["label"], str(row["num_seeds"]), loss]
         rows.append([*start, *_difference(row["differences"]), *_difference(row["from_uniform"])])
     return head, rows
 
@@ -97,8 +105,10 @@ def ablation_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | C
 def _paired(
     losses: dict[tuple[str, ...], pd.Series[float]], one: tuple[str, ...], other: tuple[str, ...]
 ) -> list[float]:
-    """Differences of the losses of two settings over the seeds that both have."""
-    return [] if one == other or other not in losses else (losses[one] - losses[other]).dropna().tolist()
+    """Differences of the losses of two settings over the seeds that both have; none where the first diverged."""
+    if one == other or other not in losses or not losses[one].map(math.isfinite).all():
+        return []
+    return [value for value in (losses[one] - losses[other]).tolist() if math.isfinite(value)]
 
 
 def _difference(values: list[float]) -> tuple[str | Cell, str]:

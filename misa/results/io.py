@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,6 +30,30 @@ def write_result(result: Result, folder: str | Path) -> Path:
         Path of the file written.
     """
     return write_text(Path(folder) / RESULT_FILE, result.model_dump_json(indent=2) + "\n")
+
+
+def output_folder(path: str | Path) -> Path:
+    """Make the folder of a result before it is measured, which can take hours.
+
+    Args:
+        path: What the command was given as `output_dir`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If it cannot be made or written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"output_dir is {str(path)!r}; it must be a folder that can be written ({error.strerror})"
+        ) from error
+    return folder
 
 
 def read_result(path: str | Path) -> Result:

@@ -63,7 +63,7 @@ def series_label(series: str, method: str) -> str:
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """Mean score over seeds.
+    """Mean score over seeds, not a number where one of them diverged.
 
     The standard error of one run is the harness's own, over documents. Of several runs it is the larger of that and the
     standard error of the mean over seeds: all seeds are scored on the same documents, so more seeds do not shrink what
@@ -83,7 +83,8 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     parts = [with_series(rows_of_task) for _, rows_of_task in scores.groupby("task", sort=False)]
     for (task, metric, series), group in pd.concat(parts).groupby(keys, sort=False) if parts else ():
         of_documents = group["stderr"].astype(float).mean()
-        of_seeds = group["value"].sem()  # not a number for one
+        values = group["value"].where(group["value"].map(math.isfinite))
+        of_seeds = values.sem()  # not a number for one
         known = [error for error in (of_documents, of_seeds) if not math.isnan(error)]
         rows.append(
             {
@@ -91,7 +92,7 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
                 "metric": metric,
                 "series": series,
                 "method": group["method"].iloc[0],
-                "value": group["value"].mean(),
+                "value": values.mean(skipna=False),
                 "stderr": max(known) if known else math.nan,
                 "num_seeds": len(group),
                 "num_documents": group["num_documents"].max() if "num_documents" in group else math.nan,
@@ -168,7 +169,8 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
         kind: Kind of training run.
 
     Returns:
-        Column headings, and rows whose first cell is the method's label and whose other cells are numbers or "".
+        Column headings, and rows whose first cell is the method's label and whose other cells are numbers, "", or
+        "diverged" for a score that is not finite.
     """
     from misa.figures.style import METHODS, in_order
 
@@ -190,13 +192,14 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
     for (task, metric), rows in summary.groupby(["task", "metric"], sort=False):
         by_series = rows.set_index("series")
         percent = 100.0 if is_share(metric, by_series["value"]) else 1.0
-        present = [series for series in lines if series in by_series.index]
+        scored = [series for series in lines if series in by_series.index]
+        present = [series for series in scored if math.isfinite(by_series.at[series, "value"])]
         cells = [
             Cell(percent * by_series.at[series, "value"], percent * by_series.at[series, "stderr"])
             for series in present
         ]
         marked = dict(zip(present, mark_best(cells, higher_is_better(metric)), strict=True))
-        columns.append([marked.get(series, "") for series in lines])
+        columns.append([marked.get(series, "diverged" if series in scored else "") for series in lines])
         prefix = "" if task == metric or metric in task else f"{task.replace('_', ' ')}: "
         head.append(f"{prefix}{metric.replace('_', ' ')}{' (%)' if percent > 1 else ''}")
         beside = [published_cell(methods[s], task=task, metric=metric, **about[s]) if s in about else "" for s in lines]
@@ -216,15 +219,21 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
     return head, [list(row) for row in zip(*columns, strict=True)]
 
 
-def require_one_kind(settings: pd.DataFrame) -> None:
+def require_one_kind(settings: pd.DataFrame, columns: Sequence[str]) -> None:
     """Check that a table `settings.csv` can be compared row by row.
 
+    Args:
+        settings: The table.
+        columns: Columns it must have, kind among them.
+
     Raises:
-        ValueError: If there are no rows, or runs of several kinds.
+        ValueError: If a column is missing, there are no rows, or runs of several kinds.
     """
-    if settings.empty or settings["kind"].nunique() > 1:
-        kinds = ", ".join(settings["kind"].unique()) or "none"
-        raise ValueError(f"the table must have runs of one kind, found {kinds}")
+    from misa.figures.style import require
+
+    require(settings, columns)
+    if settings["kind"].nunique() > 1:
+        raise ValueError(f"the table must have runs of one kind, found {', '.join(settings['kind'].unique())}")
 
 
 def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:

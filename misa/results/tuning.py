@@ -16,7 +16,8 @@ from misa.results.tables import Cell, require_one_kind
 if TYPE_CHECKING:
     import pandas as pd
 
-
+#: Columns that a table `settings.csv` must have for a choice of learning rates.
+COLUMNS = ("kind", "data", "method", "seed", "learning_rate", "eval_loss")
 # What a row of a sheet without data is trained on, as in `workflows/rules/common.smk`.
 BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
 
@@ -55,9 +56,9 @@ def mean_losses(settings: pd.DataFrame) -> dict[Trained, dict[Rates, float]]:
         Data and method -> rates -> loss, infinity where a run diverged; rates in the order of tables.
 
     Raises:
-        ValueError: If there are no rows, or runs of several kinds.
+        ValueError: If columns are missing, there are no rows, or runs of several kinds.
     """
-    require_one_kind(settings)
+    require_one_kind(settings, COLUMNS)
     outside = settings["always_on_lr"] if "always_on_lr" in settings else [math.nan] * len(settings)
     rates = [
         Rates(float(one), None if math.isnan(float(other)) or float(other) == float(one) else float(other))

@@ -132,11 +132,14 @@ def test_long_records_are_cut_and_hopeless_ones_counted(tokenizer: Any, caplog: 
 
 def test_empty_outputs_are_refused(tmp_path: Path) -> None:
     write_records(tmp_path / "train.jsonl", [*RECORDS, {"instruction": "x", "output": " "}])
-    with pytest.raises(ValueError, match=r"train\.jsonl, record 4: field 'output' is empty"):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 4: field 'output' is empty"):
         read_instructions(tmp_path / "train.jsonl", to_learn=True)
     assert len(read_instructions(tmp_path / "train.jsonl")) == 4
     write_records(tmp_path / "train.jsonl", [{"instruction": "x", "output": "y", "input": 3}])
-    with pytest.raises(ValueError, match="record 1: field 'input' must be text"):
+    with pytest.raises(ValueError, match="line 1: field 'input' must be text"):
+        read_instructions(tmp_path / "train.jsonl")
+    (tmp_path / "train.jsonl").write_text('{"instruction": "x", "output": "y", "input": "\\ud83d"}')
+    with pytest.raises(ValueError, match="line 1: field 'input' holds half a character"):
         read_instructions(tmp_path / "train.jsonl")
 
 

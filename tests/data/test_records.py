@@ -31,12 +31,27 @@ def test_lines_and_lists_read_alike(tmp_path: Path) -> None:
         ("a.json", '[{"text": "x"},\n {"text" 1}]', r"a\.json, line 2: not valid JSON"),
         ("a.json", '[{"text": "x"}, {}]', r"a\.json, record 2: field 'text' is missing"),
         ("a.json", "[]", r"holds no records"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n{"text": "\\ud83d"}\n',
+            r"line 2: field 'text' holds half a character \('\\ud83d'\)",
+        ),
+        ("a.json", '[{"text": "\\ud83d"}]', r"record 1: field 'text' holds half a character"),
+        ("a.jsonl", f'{{"text": "x", "n": {"1" * 5000}}}\n', r"line 1: JSON that cannot be read \(.*digits"),
+        ("a.json", f'[{{"text": "x", "n": {"1" * 5000}}}]', r"a\.json: JSON that cannot be read \(.*digits"),
+        ("a.jsonl", "[" * 100_000, r"line 1: JSON that cannot be read \(.*recursion"),
     ],
 )
 def test_malformed_file_is_named_with_its_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / name, ["text"])
+
+
+def test_lines_that_cannot_be_read_or_written_count_as_malformed(tmp_path: Path) -> None:
+    lines = ['{"text": "\\ud83d\\ude00"}', '{"text": "\\ud83d"}', f'{{"n": {"1" * 5000}}}', '{"text": "x"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert read_records(tmp_path / "a.jsonl", ["text"], 0.5) == [{"text": "😀"}, {"text": "x"}]
 
 
 def test_other_encodings_are_refused(tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import re
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from misa.data.formats import FORMATS, format_of, plain_number
+from misa.data.hub import hub_digest
 from misa.data.records import write_records
 from misa.data.sources import KNOWN, InstructionSource, find_instructions
 
@@ -130,6 +133,9 @@ def test_every_layout_is_tested() -> None:
         ("aqua", {"options": ["21"]}, "field 'options' must hold texts such as"),
         ("boolq", {"answer": "yes"}, "field 'answer' must be true or false, found 'yes'"),
         ("mawps", {"ans": "many"}, "'many' is not a number"),
+        ("mawps", {"ans": "nan"}, "'nan' is not a finite number"),
+        ("svamp", {"Answer": float("inf")}, "inf is not a finite number"),
+        ("mawps", {"ans": 10**400}, "is not a number"),
         ("gsm8k", {"answer": 24}, "field 'answer' must be text, found int"),
     ],
 )
@@ -225,6 +231,39 @@ def test_splits_of_the_hub_are_read_by_the_same_rules(tmp_path: Path, monkeypatc
         InstructionSource("bad", hub_id="owner/bad").read(False)
 
 
+def test_revision_of_the_hub_is_remembered_for_when_it_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"id": "owner/texts", "sha": self.server.revision}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    unknown = hub_digest("owner/other", None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        digests = []
+        for server.revision in ("a" * 40, "b" * 40):
+            digests.append(hub_digest("owner/texts", None))
+        server.shutdown()
+    assert digests[0] != digests[1]
+    assert hub_digest("owner/texts", None) == digests[1] != hub_digest("owner/texts", "en")
+    assert hub_digest("owner/other", None) == unknown
+
+
 def test_names_mean_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_instructions("vicgalle/alpaca-gpt4").hub_id == "vicgalle/alpaca-gpt4"
@@ -238,7 +277,8 @@ def test_names_mean_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "datasets" / "Math10k").mkdir(parents=True)
     (tmp_path / "datasets" / "Math10k" / "math_10k.json").write_text(json.dumps(ALPACA))
     assert find_instructions("datasets/Math10k").read(False)[0] == ALPACA
-    for missing in ("./nowhere", "/nowhere/else", "nowhere", "a/b/c"):
+    (tmp_path / "folder").mkdir()
+    for missing in ("./nowhere", "/nowhere/else", "nowhere", "a/b/c", "d/nofile.json", "folder/nothing"):
         with pytest.raises(ValueError, match="is neither a folder nor a file"):
             find_instructions(missing)
 
@@ -262,6 +302,15 @@ def test_malformed_records_are_counted_named_and_left_out_up_to_a_share(
     assert f"{tmp_path / 'train.jsonl'}, line 3" in caplog.text
     with pytest.raises(ValueError, match=r"max_malformed is 1, allowed is a share from 0 to below 1"):
         source.read(False, 1)
+
+
+def test_half_a_character_in_any_field_is_named_with_its_line(tmp_path: Path) -> None:
+    half = {**ALPACA[1], "input": "\ud83d"}
+    nested = {**ALPACA[1], "notes": ["\udc00"]}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*ALPACA, half, nested]))
+    with pytest.raises(ValueError, match=r"line 3: field 'input' holds half a.*line 4: field 'notes' holds half a"):
+        find_instructions(str(tmp_path)).read(False)
+    assert find_instructions(str(tmp_path)).read(False, 0.9)[0] == ALPACA
 
 
 def test_malformed_rows_of_a_table_are_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,53 @@ def test_splits_of_the_hub_are_streamed(tmp_path: Path, tokenizer: Any, monkeypa
     assert sorted(tokenizer.decode(ids, skip_special_tokens=True) for ids in items) == sorted(TEXTS[:40])
 
 
+def test_documents_without_text_are_left_out_up_to_a_share(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    values: list[Any] = [*TEXTS[:40], None, 7, *TEXTS[40:]]
+    write_records(tmp_path / "a.jsonl", ({"text": value} for value in values))
+    documents, _, _ = open_streams(TextSource("x", (tmp_path / "a.jsonl",)), 0.1)
+
+    def stream(share: float) -> StreamedText:
+        return StreamedText(documents, tokenizer, 64, "max_length", buffer=21, max_malformed=share)
+
+    with caplog.at_level(logging.WARNING):
+        items = first(stream(0.05), 120)
+    assert len(caplog.records) == 1
+    assert "document 41: field 'text' must be text, found NoneType; left out" in caplog.text
+    for epoch in (items[:60], items[60:]):
+        assert sorted(tokenizer.decode(ids, skip_special_tokens=True) for ids in epoch) == sorted(TEXTS)
+    with pytest.raises(ValueError, match=r"streamed text, document 41: field 'text' must be text, found NoneType$"):
+        first(stream(0), 60)
+    with pytest.raises(
+        ValueError, match=r"document 42: .*found int \(2 of 42 documents malformed, max_malformed allows"
+    ):
+        first(stream(0.04), 60)
+    assert first_texts(documents, tokenizer, 10**9, 0, max_malformed=0.04) == TEXTS
+    with pytest.raises(ValueError, match="validation text, document 41: field 'text' must be text"):
+        first_texts(documents, tokenizer, 10**9, 0)
+
+
+def test_a_fault_in_the_middle_of_a_stream_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    write_records(tmp_path / "a.jsonl", ({"text": text} for text in TEXTS))
+    (tmp_path / "b.jsonl").write_text('{"text": \n')
+    source = TextSource("x", (tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
+    stream = StreamedText(open_streams(source, 0.1)[0], tokenizer, 64, "max_length", buffer=7)
+    with pytest.raises(ValueError, match="streamed text cannot be read: "):
+        first(stream, 70)
+
+
 def test_wrong_streams_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     write_records(tmp_path / "a.jsonl", [{"body": "x"}])
-    with pytest.raises(ValueError, match="x, first document: field 'text' must be text, found NoneType"):
+    with pytest.raises(ValueError, match="x, document 1: field 'text' must be text, found NoneType"):
         open_streams(TextSource("x", (tmp_path / "a.jsonl",)), 0.1)
     (tmp_path / "b.jsonl").write_text("{")
     with pytest.raises(ValueError, match="x cannot be read"):
         open_streams(TextSource("x", (tmp_path / "b.jsonl",)), 0.1)
+    for name, reason in (("e.jsonl", "it is empty"), ("e.parquet", ".*size is 0")):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=f"{name} cannot be read: {reason}"):
+            open_streams(TextSource("x", (tmp_path / name,)), 0.1)
     with pytest.raises(ValueError, match=r"the hub does not give allenai/c4 .*give a local file or folder"):
         open_streams(find_text("c4"), 0.1)
     write_records(tmp_path / "c.jsonl", [{"text": "x"}])
@@ -181,6 +222,8 @@ def test_wrong_streams_are_refused(tmp_path: Path, tokenizer: Any) -> None:
     documents, _, _ = open_streams(TextSource("x", (tmp_path / "c.jsonl",)), 0.1)
     with pytest.raises(ValueError, match="shuffle_buffer is 0, allowed is 1 or more"):
         StreamedText(documents, tokenizer, 16, buffer=0)
+    with pytest.raises(ValueError, match="max_malformed is 1, allowed is a share from 0 to below 1"):
+        StreamedText(documents, tokenizer, 16, max_malformed=1)
     with pytest.raises(ValueError, match="no document to evaluate on"):
         first_texts(documents, tokenizer, 10, 1e-9)
     # All that there is is held out.

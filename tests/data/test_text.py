@@ -99,11 +99,20 @@ def test_a_share_too_small_to_hold_anything_out_is_refused(folder: Path) -> None
         _ = local_documents(find_text(str(folder)), 1e-9)[1].texts
 
 
-def test_folder_without_text_is_refused(tmp_path: Path) -> None:
+def test_folder_without_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"has no train\.jsonl, .*nor any text \(\.txt, \.md, \.jsonl, "):
         find_text(str(tmp_path))
-    for missing in ("./nowhere", "nowhere", "/a/b"):
+    for missing in (
+        "./nowhere",
+        "nowhere",
+        "/a/b",
+        "d/nofile.txt",
+        "d/nofile.jsonl",
+        "folder/nothing",
+    ):
         with pytest.raises(ValueError, match="is neither a folder nor a file, nor a hub id"):
             find_text(missing)
 

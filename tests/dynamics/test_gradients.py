@@ -145,6 +145,18 @@ def test_command_writes_both_tables_and_the_result(snapshot, tmp_path):
     assert len(result["provenance"]["data_digest"]) == 64
 
 
+def test_too_long_sequences_and_a_file_in_the_place_of_the_folder_are_refused(snapshot, tmp_path, capsys):
+    folder, corpus = snapshot
+    words = ["variance", "--model", str(folder), "--dataset_path", str(corpus), "--num_draws", "2"]
+    assert main([*words, "--seq_len", "1025", "--output_dir", str(tmp_path)]) == 2
+    assert f"seq_len is 1025; {folder} allows at most 1024" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*words, "--output_dir", str(tmp_path / "file")]) == 2
+    printed = capsys.readouterr()
+    assert f"output_dir is '{tmp_path / 'file'}'; it must be a folder that can be written" in printed.err
+    assert not printed.out  # nothing was measured
+
+
 def test_batches_do_not_repeat_sequences_and_follow_the_seed(snapshot):
     from misa.models import load_tokenizer
 

@@ -97,6 +97,9 @@ def test_command_writes_the_table_and_the_slopes(corpus, tmp_path):
         (["--intervals", "1,1"], "intervals is '1,1'; allowed are distinct whole numbers"),
         (["--waves_updates", "ten"], "waves_updates is 'ten'"),
         (["--budget", "0"], "budget is 0.0; it must be in (0, 1]"),
+        (["--waves_updates", "10"], "waves_updates is '10'; a slope needs at least 2 numbers"),
+        (["--llama_updates", "10"], "llama_updates is '10'; a slope needs at least 2 numbers"),
+        (["--output_dir", "/dev/null/x"], "output_dir is '/dev/null/x'; it must be a folder that can be written"),
         (["--llama_lr", "-1"], "llama_lr is -1.0; it must be positive"),
     ],
 )

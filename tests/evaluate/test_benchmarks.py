@@ -52,6 +52,17 @@ def test_answers_are_read_from_lists_and_numbers_and_nothing_else(tmp_path: Path
             read_test("aqua", tmp_path)
 
 
+@pytest.mark.parametrize("task", ["misa_svamp", "svamp"])
+@pytest.mark.parametrize("answer", ["two", "", "nan", "1e999"])
+def test_answer_that_is_no_number_is_named_before_anything_is_scored(tmp_path: Path, task: str, answer: str) -> None:
+    (tmp_path / "svamp_test.json").write_text(json.dumps([RECORD, RECORD | {"answer": answer}]))
+    (tmp_path / "gsm8k_train.jsonl").write_text("{}")
+    with pytest.raises(
+        ValueError, match=rf"svamp_test\.json, record 2: field 'answer' must be a number: '{answer}' is"
+    ):
+        data_files([task], str(tmp_path))
+
+
 def test_prompt_is_that_of_training() -> None:
     from misa.data.instruction import format_prompt
 

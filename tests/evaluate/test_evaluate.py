@@ -145,6 +145,22 @@ def test_finished_task_is_not_run_again(known, words, tmp_path: Path, monkeypatc
         ({"batch_size": 0}, "batch_size is 0, allowed is 1 or more"),
         ({"limit": 0}, "limit is 0"),
         ({"device": "abacus"}, "device is 'abacus'"),
+        (
+            {"device": "cuda:99"},
+            "device is 'cuda:99', allowed is cpu, or cuda or another of torch's that this machine has",
+        ),
+        (
+            {"max_length": 16},
+            "max_length is 16 (without one: the model's), allowed is more than the 16 tokens that misa",
+        ),
+        (
+            {"base": "nope"},
+            "base nope: model_name_or_path nope gives no model, allowed is a folder with config.json or",
+        ),
+        (
+            {"model_name_or_path": "nope"},
+            "model_name_or_path nope gives no model, allowed is a folder with config.json",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_line(words, capsys, tmp_path: Path, changes: dict, message: str) -> None:

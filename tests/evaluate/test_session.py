@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,9 +226,77 @@ def test_perplexities_are_compared_by_permutation(known, words, tmp_path) -> Non
 
 
 def test_other_documents_cannot_be_compared(known, words, capsys, tmp_path) -> None:
-    assert evaluate.main(words(limit=3, output_dir=tmp_path / "three")) == 0
-    assert evaluate.main(words(base=tmp_path / "three")) == 2
+    """Another limit or no task in common is found before anything is scored, other questions afterwards."""
+    three = tmp_path / "three"
+    assert evaluate.main(words(limit=3, output_dir=three)) == 0
+    for changes, message in (
+        ({}, "not scored on the same prompts: it has 3 documents of misa_family, and with limit None there are 6"),
+        ({"tasks": "perplexity", "limit": 3}, "has the tasks misa_family, and none of perplexity"),
+    ):
+        assert evaluate.main(words(base=three, **changes)) == 2
+        assert f"error: base: {three / 'lm_eval.json'}" in (error := capsys.readouterr().err)
+        assert message in error
+        assert not (tmp_path / "out").exists()
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "test.jsonl").write_text("".join(reversed((known.data / "test.jsonl").read_text().splitlines(True))))
+    assert evaluate.main(words(base=three, data_dir=data, limit=3)) == 2
     assert "not scored on the same prompts" in capsys.readouterr().err
+    (three / "lm_eval.json").write_text("{}")
+    assert evaluate.main(words(base=three, output_dir=tmp_path / "again")) == 2
+    assert "lm_eval.json holds no results of an evaluation: KeyError('results')" in capsys.readouterr().err
+
+
+def test_damaged_responses_are_named(words, capsys, tmp_path) -> None:
+    assert evaluate.main(words(limit=3)) == 0
+    (database,) = (tmp_path / "out" / session.REQUESTS_FOLDER).iterdir()
+    database.write_text("no database at all " * 100)
+    assert evaluate.main(words(limit=4)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"misa.evaluate: error: the responses kept in {str(database)[:-11]}" in error
+    assert "cannot be used (" in error
+    database.unlink()
+    assert evaluate.main(words(limit=4)) == 0
+
+
+def test_second_evaluation_into_the_same_folder_is_refused_at_once(words, tmp_path) -> None:
+    """Its lock is this process's, so the second is a process of its own."""
+    from misa.training.lock import FolderLock
+
+    lock = FolderLock([tmp_path / "out"])
+    lock.acquire()
+    command = [sys.executable, "-m", "misa.evaluate", *words()]
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert second.stderr.strip().splitlines()[-1].startswith(f"misa.evaluate: error: {tmp_path / 'out'} is in use by")
+    lock.release()
+    assert evaluate.main(words()) == 0
+
+
+def test_model_without_room_for_prompt_and_answer_is_refused_before_the_base_is_scored(
+    known, arguments, capsys, tmp_path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(known.model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    for changes in ({"model_name_or_path": short}, {"max_length": 512}, {"base": short}):
+        assert evaluate.main(arguments(tasks="misa_piqa,misa_svamp", **changes)) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert "max_length is 512 (without one: the model's), allowed is more than the 512 tokens that" in error[-1]
+        assert not (tmp_path / "out").exists()
+
+
+def test_task_that_says_late_how_much_it_generates_is_refused_in_words(known) -> None:
+    from lm_eval.api.instance import Instance
+
+    from misa.evaluation.folder import ModelFolder
+    from misa.evaluation.model import load_model
+
+    model = load_model(ModelFolder(str(known.model)), dtype="float32", device="cpu", batch_size=1, max_length=64)
+    request = Instance("generate_until", {}, ("Why?", {"until": [], "max_gen_toks": 64}), 0)
+    with pytest.raises(ValueError, match=r"max_length is 64 .* allowed is more than the 64 tokens"):
+        model.generate_until([request])
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,32 @@ def test_kind_without_evaluation_shows_its_training_loss():
     assert {"eval loss (nats/token)", "training loss (nats/token)"} <= set(labels)
 
 
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_losses_that_are_not_finite_leave_the_others_their_room(lost):
+    table = convergence()
+    table.loc[table["kind"] == "pretrain", "value"] = lost
+    finetune = table["kind"] == "finetune"
+    table.loc[finetune & (table["method"] == "lora") & (table["step"] > 20), "value"] = lost
+    figure = plot("convergence", table)
+    FigureCanvasAgg(figure).draw()
+    rows = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    low, high = rows["Fine-tuning"].get_ylim()
+    assert 1.5 < low < high < 3
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_ablation_leaves_out_what_diverged(lost):
+    table = settings()
+    table.loc[table["run"] == "3-s1", "eval_loss"] = lost
+    labels = [label.get_text() for label in plot("ablation", table).axes[0].get_yticklabels()]
+    assert "blocks = layer; $\\eta$ = 0" not in labels
+    assert len(labels) == 5
+    table.loc[table["run"] == "0-s0", "eval_loss"] = lost  # of the common setting, one of two seeds
+    assert plot("ablation", table).get_suptitle() == "Common setting: diverged, 2 seeds"
+    with pytest.raises(ValueError, match="the same setting, or diverged"):
+        plot("ablation", table.assign(eval_loss=lost))
+
+
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged():
     table = convergence()
     table = table[(table["kind"] == "finetune") & (table["method"] == "misa")]
@@ -391,3 +417,20 @@ def test_wrong_tables_are_named(tmp_path, capsys):
     assert "no.csv does not exist" in capsys.readouterr().err
     assert main(["all", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path)]) == 2
     assert "holds none of the tables" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    memory().to_csv(tmp_path / "memory.csv", index=False)
+    assert main(["memory", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "file")]) == 2
+    assert "python -m misa.figures: error: [Errno" in capsys.readouterr().err
+
+
+def test_all_figures_skip_tables_without_rows(tmp_path, capsys):
+    staleness().iloc[:0].to_csv(tmp_path / "staleness.csv", index=False)
+    words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert main(["all", *words]) == 2
+    assert "or none with rows" in capsys.readouterr().err
+    memory().to_csv(tmp_path / "memory.csv", index=False)
+    assert main(["all", *words]) == 0
+    assert f"staleness: skipped, {tmp_path / 'staleness.csv'} has no rows" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"memory.pdf", "memory.png"}
+    assert main(["staleness", *words]) == 2
+    assert "table has no rows" in capsys.readouterr().err

@@ -97,7 +97,17 @@ def test_memory_budget_chooses_and_says_why(small, capsys):
         (["--model", "7m", "--fit", "1GiB", "--compare"], "compare and fit: ask one question at a time"),
         (["--model", "7m", "--compare", "--variants", "lora"], "variants is 'lora'; allowed, comma separated: adamw"),
         (["--model", "7m", "--method", "lora", "--memory_budget", "1GiB"], "chooses for block methods"),
-        (["--model", "7m", "--checkpoint_layers", "-3"], "checkpoint_layers is -3"),
+        (["--model", "7m", "--memory_budget", ".GiB"], "memory_budget is '.GiB'; it must be an amount with a unit"),
+        (["--model", "7m", "--checkpoint_layers", "-3"], "checkpoint_layers is -3; it must be at least 0"),
+        (["--model", "7m", "--interval", "0"], "interval is 0; it must be at least 1"),
+        (["--model", "7m", "--method", "lora", "--lora_alpha", "0"], "lora_alpha is 0; it must be at least 1"),
+        (["--model", "7m", "--methods", "lora"], "methods is given; it does nothing without model_name_or_path"),
+        (["--model", "7m", "--seed", "1"], "seed is given; it does nothing without model_name_or_path"),
+        (["--model", "7m", "--variants", "lora-r8"], "variants is given; it does nothing without compare or fit"),
+        (["--model", "7m", "--output_dir", "."], "output_dir is given; it does nothing without compare or"),
+        (["--model", "7m", "--compare", "--budget", "0.1"], "budget is given; compare and fit take the methods in"),
+        (["--model", "7m", "--fit", "1GiB", "--method", "lora"], "method is given; compare and fit take the methods"),
+        (["--model", "7m", "--compare", "--output_dir", "/dev/null/x"], "output_dir is '/dev/null/x'; it must be a"),
         (["--seq_len", "8"], "give either --model, to simulate, or --model_name_or_path"),
         (["--model_name_or_path", "2m"], "output_dir is missing"),
     ],
@@ -107,6 +117,30 @@ def test_wrong_input_ends_with_status_2_and_one_line(words, message, capsys):
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "t5"}, "is of type t5; it must be a causal language model"),
+        ({"hidden_size": -5}, "is not a model configuration: hidden_size is -5; it must be at least 1"),
+    ],
+)
+def test_wrong_configurations_are_named(fields, message, tmp_path, capsys):
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(fields))
+    assert main(["--model", str(path)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert str(path) in error
+    assert len(error.splitlines()) == 1
+
+
+def test_grid_part_that_cannot_be_written_is_an_error_in_words(small, monkeypatch, capsys):
+    monkeypatch.setattr("misa.memory.grid.SEQ_LENS", (128,))
+    monkeypatch.setattr("misa.memory.grid.LIMIT", "128MiB")
+    assert grid_main(["part", "--part", "badam", "--model", small, "--output", "/dev/null/x.json"]) == 2
+    assert "python -m misa.memory.grid: error: [Errno" in capsys.readouterr().err
 
 
 def test_grid_parts_become_tables(small, tmp_path, monkeypatch):

@@ -216,7 +216,8 @@ def test_wrong_models_lengths_and_budgets_say_what_is_allowed():
 def test_amounts_of_memory():
     assert parse_bytes("24GiB") == 24 * 2**30
     assert parse_bytes("1.5 gb") == 1_500_000_000
-    for text in ("24", "GiB", "0GiB", "1.2.3GiB", "4 parsecs"):
+    assert parse_bytes("2.GiB") == 4 * parse_bytes(".5GiB")
+    for text in ("24", "GiB", "0GiB", ".GiB", "1.2.3GiB", "4 parsecs"):
         with pytest.raises(ValueError, match="must be an amount with a unit, such as 24GiB"):
             parse_bytes(text)
 

@@ -135,6 +135,18 @@ def test_command_writes_the_tidy_table_and_the_result(tmp_path):
         (["--model_name_or_path", "2m", "--dtype", "int8"], "dtype is 'int8'; allowed: bfloat16, float32"),
         (["--model_name_or_path", "2m", "--methods", "lora", "--budget", "0.1"], "budget is given, but none of the"),
         (["--model_name_or_path", "2m", "--methods", "misa", "--eta", "big"], "eta is 'big'"),
+        (["--model_name_or_path", "2m", "--loss", "chunkd"], "loss is 'chunkd'; allowed: full, chunked"),
+        *(
+            (
+                ["--model_name_or_path", "2m", *words.split()],
+                f"{words.split()[0][2:]} is given; it does nothing without",
+            )
+            for words in (
+                *("--state_format 8bit", "--lean_activations", "--step_in_backward", "--lean_adapters", "--json"),
+                *("--checkpoint_layers 2", "--method misa", "--compare", "--memory_budget 1GiB", "--fit 1GiB"),
+                "--variants lora-r8",
+            )
+        ),
     ],
 )
 def test_wrong_input_ends_with_status_2_and_one_line(words, message, tmp_path, capsys):
@@ -142,3 +154,13 @@ def test_wrong_input_ends_with_status_2_and_one_line(words, message, tmp_path, c
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_folder_that_cannot_be_written_is_refused_before_measuring(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = ["--model_name_or_path", "2m", "--methods", "badam", "--seq_len", "8", "--output_dir"]
+    assert main([*words, str(tmp_path / folder)]) == 2
+    printed = capsys.readouterr()
+    assert f"output_dir is '{tmp_path / folder}'; it must be a folder that can be written" in printed.err
+    assert not printed.out

@@ -91,7 +91,10 @@ def test_wrong_argument_exits_2_with_one_line(config, capsys, arguments, message
     assert len(out.err.splitlines()) == 1
 
 
-def test_missing_model_exits_2_with_one_line(capsys, tmp_path):
-    status, out = printed(capsys, str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("name", ["nowhere", "owner/nowhere", "./nowhere"])
+def test_missing_model_exits_2_with_one_line(capsys, name):
+    status, out = printed(capsys, name)
     assert status == 2
+    allowed = "allowed is a hub id, a local folder, a config.json, or one of 2m, "
+    assert out.err.startswith(f"python -m misa.blocks: error: model {name!r} gives no configuration, {allowed}")
     assert len(out.err.splitlines()) == 1

@@ -12,6 +12,8 @@ from misa.results.collect import TABLES, collect, digest_warnings, find_results
 from misa.results.readme import fill, times_table
 from misa.results.tables import Cell, mark_best, score_table, summarise, to_latex, to_markdown, with_series
 
+RUN_COLUMNS = ["run", "kind", "method", "seed", "model", "data"]
+
 
 def provenance(digest="a" * 64):
     return Provenance(
@@ -283,6 +285,35 @@ def test_score_tables_in_markdown_and_latex(results, tmp_path):
     assert r"family: exact match (\%)" in latex
     assert (tmp_path / "out" / "pretraining.md").read_text() == "No scores of kind pretrain yet.\n"
     assert "| d | LoRA | 2 | 1.50 | 0 |  |" in (tmp_path / "out" / "paired.md").read_text()
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_score_that_is_not_finite_diverged(lost):
+    rows = [("misa-s0", "misa", 0, lost), ("misa-s1", "misa", 1, 0.9), ("lora-s0", "lora", 0, 1.2)]
+    scores = pd.DataFrame(
+        [(*row[:3], "validation", "bits_per_byte", row[3], float("nan")) for row in rows],
+        columns=["run", "method", "seed", "task", "metric", "value", "stderr"],
+    )
+    runs = pd.DataFrame([(row[0], "pretrain", *row[1:3], "m", "d") for row in rows], columns=RUN_COLUMNS)
+    text = to_markdown(*score_table(scores, runs, "pretrain"))
+    assert text.splitlines()[2:] == ["| LoRA | 1 | 1.20 |", "| MISA | 2 | diverged |"]
+
+
+@pytest.mark.parametrize("verb", ["collect", "tables", "time"])
+def test_path_that_cannot_be_written_is_named(verb, results, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    tables, there = tmp_path / "tables", str(tmp_path / "file" / "below")
+    main(["collect", str(results), "--output_dir", str(tables)])
+    words = {
+        "collect": [str(results), "--output_dir"],
+        "tables": ["--tables", str(tables), "--output_dir"],
+        "time": ["make test", "3", "--output"],
+    }
+    capsys.readouterr()
+    assert main([verb, *words[verb], there]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("python -m misa.results: error: ")
+    assert str(tmp_path / "file") in error
 
 
 def test_perplexities_are_better_when_lower_and_not_percent():

@@ -220,6 +220,35 @@ def test_one_seed_has_differences_without_errors(tmp_path: Path) -> None:
     ]
 
 
+def test_a_setting_with_a_run_without_a_finite_loss_diverged(tmp_path: Path) -> None:
+    rows = ablation()
+    lost = {"2-s0": float("nan"), "3-s1": INF, "1-s2": None}  # None: the run has no loss at all
+    rows["eval_loss"] = [lost.get(run, loss) for run, loss in zip(rows["run"], rows["eval_loss"], strict=True)]
+    rows.to_csv(tmp_path / "settings.csv", index=False)
+    words = ["ablation", "--table", str(tmp_path / "settings.csv"), "--output_dir", str(tmp_path)]
+    assert main(words) == 0
+    lines = (tmp_path / "ablation.md").read_text().splitlines()
+    assert [line for line in lines if "diverged" in line] == [
+        "| MISA, authors' code | 3 | diverged |  |  |  |  |",
+        "| eta = 0 | 3 | diverged |  |  |  |  |",
+        "| T = 50 | 3 | diverged |  |  |  |  |",
+    ]
+    # Against what diverged with one seed, the other two stay.
+    found = compare_settings(rows).set_index("label")
+    assert found.loc["common setting", "from_uniform"] == pytest.approx([-0.1, -0.11])
+
+
+@pytest.mark.parametrize("verb", ["learning_rates", "finetune_rates", "ablation"])
+def test_table_without_the_columns_is_refused_by_name(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.csv").write_text("kind,method,seed\npretrain,misa,0\n")
+    assert main([verb, "--table", str(tmp_path / "wrong.csv"), "--output_dir", str(tmp_path)]) == 2
+    lacking = "run, eval_loss" if verb == "ablation" else "data, learning_rate, eval_loss"
+    error = capsys.readouterr().err
+    assert f"error: table lacks the columns {lacking}; it has kind, method, seed" in error
+
+
 def test_methods_are_compared_with_misa_by_seed_on_each_data_set() -> None:
     losses = {
         ("corpus", "adamw"): (2.0, 3.1, 4.2),
