@@ -129,7 +129,7 @@ def carry_out(job: Job) -> Result:
         begun = _begin(job, lock)
         return begun if isinstance(begun, Result) else _complete(job, *begun)
     finally:
-        on_first(lock.release)
+        lock.release()
 
 
 def _lock(job: Job) -> FolderLock:
