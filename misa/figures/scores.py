@@ -48,6 +48,8 @@ def plot(table: pd.DataFrame) -> Figure:
             for y, name in enumerate(names):
                 row, look = rows.loc[name], s.look(s.METHODS, rows.at[name, "method"])
                 error = None if row["stderr"] != row["stderr"] else 2 * unit * row["stderr"]
+                if error is not None and unit > 1:  # no share lies below 0, whatever its error says
+                    error = [[min(error, unit * row["value"])], [error]]
                 ax.errorbar(
                     unit * row["value"],
                     y,
@@ -65,7 +67,7 @@ def plot(table: pd.DataFrame) -> Figure:
             ax.set_title(task.replace("_", " "), loc="left")
             percent = " (%)" if unit > 1 else ""
             ax.set_xlabel(f"{metric.replace('_', ' ')}{percent}, {better}")
-            if unit > 1:  # no share lies below 0, whatever its whiskers say
+            if unit > 1:
                 ax.set_xlim(left=max(0, ax.get_xlim()[0]))
     return figure
 
