@@ -41,9 +41,14 @@ def make_inner(
     return RoundedAdamW(groups, generator=generator, moments=settings.state_format)
 
 
+def memory_of(weight: Tensor) -> int:
+    """Number of the memory that a weight lies in; it may be used again once that memory is freed."""
+    return weight.untyped_storage()._cdata
+
+
 def stamp(weight: Tensor) -> tuple[int, int]:
     """Changes when something is written to a weight, but through `.data`, and when it gets other memory."""
-    return weight._version, weight.untyped_storage()._cdata
+    return weight._version, memory_of(weight)
 
 
 def make_master(weight: Tensor, residual: Tensor | None, edited: bool) -> Tensor:
@@ -126,7 +131,7 @@ class FusedAdamW:
             good: Whether to take it, True or a boolean that lies on a device; otherwise nothing changes.
             grad_scale: What the gradients are to be divided by, or None.
         """
-        memory = [stamp(w)[1] for w in self._sources]
+        memory = [memory_of(w) for w in self._sources]
         if self._plan is None or memory != self._memory or any(w.grad is None for w in self._sources):
             self._memory = memory
             plan, complete = self._make_plan()

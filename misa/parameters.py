@@ -181,8 +181,8 @@ class Entry:
 
     def measure_in_backward(self) -> None:
         """Keep the norm that the gradient has now, before clipping."""
-        self.norm = self.measure()
-        self.grad_version = self.param.grad._version if self.param.grad is not None else -1
+        assert self.param.grad is not None
+        self.norm, self.grad_version = self.measure(), self.param.grad._version
 
     @property
     def has_changed_gradient(self) -> bool:

@@ -77,9 +77,10 @@ class ActiveSet:
         blocks = [e.block for e in entries]
         squares = self._squares(blocks, [e.measure() if e.norm is None else e.norm for e in entries])
         now = squares
-        if not self._settings.step_in_backward and any(e.has_changed_gradient for e in entries):
+        unscaled = overflow is not None and scale is None  # by the scaler, since the hooks measured
+        if unscaled or (not self._settings.step_in_backward and any(e.has_changed_gradient for e in entries)):
             now = self._squares(blocks, [e.measure() for e in entries])
-        if overflow is not None and scale is None:  # the scaler has unscaled the gradients since the hooks measured
+        if unscaled:
             self.unscale = (sum(now) / (sum(squares) + TINY)) ** 0.5
             squares = now
         elif scale is not None:

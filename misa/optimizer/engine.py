@@ -166,7 +166,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._entries |= {p: Entry(name, p, number, self._block_of.get(p, -1)) for name, p in added}
         if hasattr(self, "_on"):
             norms = self._on.norms
-            self._owned += [p for _, p in added if p not in set(self._owned)]
+            known = set(self._owned)
+            self._owned += [p for _, p in added if p not in known]
             self._switch_to(self._active)
             self._on.norms = norms
 

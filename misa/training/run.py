@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -16,28 +17,25 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from misa.distributed.agree import on_first
-from misa.files import new_folder, write_text
+from misa.files import new_folder
 from misa.results import (
     CURVES_FILE,
     RESULT_FILE,
     Result,
     provenance,
-    read_result,
     write_curves,
     write_result,
 )
-from misa.training.checkpoints import RUN_FILE, checkpoints, fault, latest_checkpoint, remove_checkpoints, step_of
+from misa.training import folders
+from misa.training.checkpoints import latest_checkpoint, remove_checkpoints, step_of
 from misa.training.curves import curve_points, mean_loss
 from misa.training.errors import DivergedError
-from misa.training.identity import differences, matters
+from misa.training.identity import matters
 from misa.training.lock import FolderLock
 from misa.training.options import MemoryOptions, MethodOptions, RunOptions
 from misa.training.space import require_space
 
 logger = logging.getLogger(__name__)
-
-MODEL_FOLDER = "model"
-SNAPSHOTS_FOLDER = "snapshots"
 
 
 @dataclass
@@ -139,43 +137,21 @@ def _lock(job: Job) -> FolderLock:
 def _begin(job: Job, lock: FolderLock) -> Result | tuple[Parts, Any, Any, Any]:
     """Check what is asked for and load it; what the user can get wrong is found here, before anything is removed."""
     output, scratch = Path(job.run.output_dir), Path(job.training.output_dir)
-    _spare_sources(job, output, scratch)
-    on_first(lock.acquire)
-    if (done := on_first(lambda: _finished(job, output))) is not None:
+    folders.spare_sources(job, output, scratch)
+    done = on_first(lambda: folders.finished(job, output))
+    if done is None:
+        on_first(lock.acquire)
+        # Whoever held the lock until now may have finished the run meanwhile.
+        done = on_first(lambda: folders.finished(job, output))
+    if done is not None:
         logger.info("%s is finished: %s is there, nothing to do", job.name, output / RESULT_FILE)
         return done
     if job.run.is_checkpoint():
-        _check_start(job, Path(str(job.run.continue_from)))
-    is_own = on_first(lambda: _owns_checkpoints(job, scratch))
+        folders.check_start(job, Path(str(job.run.continue_from)))
+    is_own = on_first(lambda: folders.owns_checkpoints(job, scratch))
     prepared = _prepare(job)
-    on_first(lambda: _take(job, output, scratch, is_own))
+    on_first(lambda: folders.take(job, output, scratch, is_own))
     return prepared
-
-
-def _spare_sources(job: Job, output: Path, scratch: Path) -> None:
-    """Refuse to train from what the run itself would remove or overwrite."""
-    lost = [output / MODEL_FOLDER]
-    if job.run.overwrite_output_dir:
-        lost += [output / SNAPSHOTS_FOLDER, scratch]
-    sources = {name: job.settings.get(name) for name in ("model_name_or_path", "tokenizer_name_or_path")}
-    for name, source in (sources | {"continue_from": job.run.continue_from}).items():
-        for folder in lost:
-            if source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{name} is {source!r}, which this run would overwrite: choose another output_dir")
-
-
-def _check_start(job: Job, checkpoint: Path) -> None:
-    """Refuse a checkpoint that this run cannot start from."""
-    name = f"continue_from is {str(checkpoint)!r}, a checkpoint"
-    if (problem := fault(checkpoint)) is not None:
-        raise ValueError(f"{name} that cannot be used: {problem}")
-    mark = checkpoint.parent / RUN_FILE
-    method = json.loads(mark.read_text(encoding="utf-8")).get("method") if mark.is_file() else None
-    if method not in (None, job.method.method):
-        raise ValueError(f"{name} of method {method}, and this run's is {job.method.method}")
-    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if 0 < job.training.max_steps <= step:
-        raise ValueError(f"{name} of step {step}: max_steps is {job.training.max_steps}, so none is left to train")
 
 
 def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
@@ -197,56 +173,6 @@ def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> R
     metrics = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     logger.info("%s is finished: %s  (%.0f s of training)", job.name, metrics, result.timings["train_s"])
     return result
-
-
-def _finished(job: Job, output: Path) -> Result | None:
-    """The result that is there, if it is that of this run and is to stay."""
-    if not (output / RESULT_FILE).is_file() or job.run.overwrite_output_dir:
-        return None
-    result = read_result(output)
-    changed = differences(result.config, job.config())
-    if job.run.save_model and result.config.get("save_model") is False:
-        changed = ", ".join(filter(None, (changed, "save_model False -> True")))
-    if changed:
-        raise ValueError(
-            f"{output} holds the finished run {result.run!r} with other settings: {changed}; "
-            "--overwrite_output_dir starts it again, or choose another output_dir"
-        )
-    return result
-
-
-def _owns_checkpoints(job: Job, scratch: Path) -> bool:
-    """Whether the checkpoints in the scratch folder, if any, are this run's; others that may not go are refused."""
-    mark = scratch / RUN_FILE
-    if not checkpoints(scratch):
-        return True
-    if not mark.is_file():
-        raise ValueError(f"{scratch} holds checkpoints of something else; choose another checkpoint_dir")
-    try:
-        changed = differences(json.loads(mark.read_text(encoding="utf-8")), job.config())
-    except (ValueError, AttributeError):
-        changed = f"{RUN_FILE} is damaged"
-    if changed and not job.run.overwrite_output_dir:
-        raise ValueError(
-            f"{scratch} holds checkpoints of a run with other settings: {changed}; "
-            "--overwrite_output_dir starts again, or choose another checkpoint_dir"
-        )
-    return not changed
-
-
-def _take(job: Job, output: Path, scratch: Path, is_own: bool) -> None:
-    """Remove what an earlier run left, and mark the scratch folder as this run's."""
-    was_finished = (output / RESULT_FILE).is_file()
-    if was_finished or not is_own:
-        remove_checkpoints(scratch)
-    if was_finished:
-        # The result goes last: as long as it is there, that run is the finished one.
-        shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
-        shutil.rmtree(output / SNAPSHOTS_FOLDER, ignore_errors=True)
-        (output / CURVES_FILE).unlink(missing_ok=True)
-        (output / RESULT_FILE).unlink()
-    if not checkpoints(scratch):
-        write_text(scratch / RUN_FILE, json.dumps(job.config(), indent=1) + "\n")
 
 
 def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
@@ -308,7 +234,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if job.run.snapshot_steps is not None:
-        trainer.add_callback(Snapshots(Path(job.run.output_dir) / SNAPSHOTS_FOLDER, steps, parts.tokenizer))
+        trainer.add_callback(Snapshots(Path(job.run.output_dir) / folders.SNAPSHOTS_FOLDER, steps, parts.tokenizer))
     trainer.add_callback(Progress(meter, bar=False if arguments.disable_tqdm else None))
     return parts, built, trainer, meter
 
@@ -377,9 +303,9 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
     num_tokens = trainer.state.num_input_tokens_seen
     metrics |= {"num_steps": trainer.state.global_step, "num_tokens": num_tokens}
     # Without a result file, a model folder is a leftover of a run that was killed while writing.
-    shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
+    shutil.rmtree(output / folders.MODEL_FOLDER, ignore_errors=True)
     if job.run.save_model:
-        with new_folder(output / MODEL_FOLDER, last="config.json") as folder:
+        with new_folder(output / folders.MODEL_FOLDER, last="config.json") as folder:
             trainer.model.save_pretrained(folder)
             parts.tokenizer.save_pretrained(folder)
     write_curves(points, output / CURVES_FILE)
@@ -417,6 +343,11 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
     Returns:
         Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
     """
+    with contextlib.ExitStack() as held:
+        return _run_command(prog, job, held)
+
+
+def _run_command(prog: str, job: Callable[[], Job], held: contextlib.ExitStack) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     first, began = os.environ.get("RANK", "0") == "0", dist.is_initialized()
     logging.getLogger("misa").setLevel(logging.INFO if first else logging.WARNING)
@@ -425,16 +356,14 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
 
     # Its bars, of reading and writing model files, would break up the log; the run's own bar is another.
     transformers_logging.disable_progress_bar()
-    lock = None
     try:
         asked = job()
         lock = _lock(asked)
+        held.callback(lock.release)
         begun = _begin(asked, lock)
     except (ValueError, OSError, ImportError) as error:
         if first:  # the others have found the same
             print(f"{prog}: error: {error}", file=sys.stderr)
-            if lock is not None:
-                lock.release()
         return 2
     except KeyboardInterrupt:
         return 130
@@ -458,6 +387,4 @@ def run_command(prog: str, job: Callable[[], Job]) -> int:
             raise
         print(f"{prog}: error: the disk is full: {error.filename or ''}; what was saved before stays", file=sys.stderr)
         return 1
-    finally:
-        lock.release()
     return 0

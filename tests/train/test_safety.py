@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +93,31 @@ def test_other_weights_under_the_same_name_are_another_run(
     assert finetune("first", model_name_or_path=model, budget=0.2, max_steps=2) == 0
 
 
-def test_folder_of_a_running_command_is_refused(
-    finetune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Another process holds a folder, until it is killed."""
     code = (
         "import sys, pathlib; from misa.training.lock import FolderLock\n"
         "lock = FolderLock([pathlib.Path(sys.argv[1])]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    words = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.kill()
+
+
+def test_folder_of_a_running_command_is_refused_unless_all_is_done(
+    finetune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held(tmp_path / "run"):
         assert finetune("run", budget=0.2, max_steps=2) == 2
         assert "run is in use by another run" in capsys.readouterr().err
-        other.kill()
     assert finetune("run", budget=0.2, max_steps=2) == 0
     assert not list((tmp_path / "run").rglob(LOCK_FILE))
+    with held(tmp_path / "run"):
+        assert finetune("run", budget=0.2, max_steps=2) == 0  # what is finished is only read
 
 
 def test_run_without_its_model_is_not_the_one_with_it(
