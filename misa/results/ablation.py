@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from misa.results.paired import mean_and_error, p_text, p_value
+from misa.results.paired import holm, mean_and_error, p_text, p_value
 from misa.results.tables import Cell, require_one_kind
 
 if TYPE_CHECKING:
@@ -88,17 +89,21 @@ def compare_settings(settings: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablation_table(settings: pd.DataFrame) -> tuple[list[str], list[list[str | Cell]]]:
-    """Build the table of `compare_settings`: of differences the mean, its standard error, and a paired t test's p.
+    """Build the table of `compare_settings`.
 
-    Of a setting with a run without a finite loss, that it diverged.
+    Of differences it has the mean, its standard error, a paired t test's p, and that after Holm's correction for the
+    column. Of a setting with a run without a finite loss, that it diverged.
     """
-    head = ["setting", "runs", "eval loss (nats/token)", "minus common setting's, paired by seed", "p"]
-    head += ["minus uniform draws', paired by seed", "p"]
+    head = ["setting", "runs", "eval loss (nats/token)", "minus common setting's, paired by seed", "p", "p (Holm)"]
+    head += ["minus uniform draws', paired by seed", "p", "p (Holm)"]
+    found = compare_settings(settings)
     rows: list[list[str | Cell]] = []
-    for row in compare_settings(settings).to_dict("records"):
+    for row in found.to_dict("records"):
         loss = Cell(row["loss"]) if math.isfinite(row["loss"]) else "diverged"
-        start: list[str | Cell] = [row["label"], str(row["num_seeds"]), loss]
-        rows.append([*start, *_difference(row["differences"]), *_difference(row["from_uniform"])])
+        rows.append([row["label"], str(row["num_seeds"]), loss])
+    for column in ("differences", "from_uniform"):
+        for row_of_table, cells in zip(rows, _differences(found[column].tolist()), strict=True):
+            row_of_table += cells
     return head, rows
 
 
@@ -111,8 +116,10 @@ def _paired(
     return [value for value in (losses[one] - losses[other]).tolist() if math.isfinite(value)]
 
 
-def _difference(values: list[float]) -> tuple[str | Cell, str]:
-    return (Cell(*mean_and_error(values)), p_text(p_value(values))) if values else ("", "")
+def _differences(column: Sequence[list[float]]) -> list[list[str | Cell]]:
+    ps = [p_value(values) for values in column]
+    means = [Cell(*mean_and_error(values)) if values else "" for values in column]
+    return [[mean, p_text(p), p_text(after)] for mean, p, after in zip(means, ps, holm(ps), strict=True)]
 
 
 def _plain(value: object) -> str:

@@ -39,7 +39,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         *("order", "first_pass", "sample_last"),
         *("num_steps", "eval_loss", "train_s"),
     ),
-    "runs": _RUN_COLUMNS,
+    "runs": (*_RUN_COLUMNS, "machine"),
 }
 # Tables that the command which measured them writes beside its result.
 _COPIED = {
@@ -264,6 +264,7 @@ def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, r
 
 def _run_row(result: Result) -> dict[str, Any]:
     row: dict[str, Any] = {name: getattr(result, name) for name in _RUN_COLUMNS}
+    row["machine"] = result.provenance.machine.gpu or result.provenance.machine.processor
     for group in (result.metrics, result.peaks, result.timings):
         # Names with a slash belong to one task, method or snapshot; they have tables of their own.
         row |= {name: value for name, value in group.items() if "/" not in name}

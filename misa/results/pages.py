@@ -107,7 +107,7 @@ def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
     scores, runs, settings = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs", "settings"))
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]] = {
         **{name: score_table(scores, runs, kind) for name, kind in SCORE_TABLES.items()},
-        "paired": paired_table(settings),
+        "paired": paired_table(settings, scores),
         "published": published_table(tables_dir),
         "runs": runs_table(tables_dir),
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from misa.files import write_text
 from misa.results.published import published_cell
@@ -40,14 +40,15 @@ def with_series(table: pd.DataFrame) -> pd.DataFrame:
     """Say which runs differ in their seed alone, so that only these are averaged.
 
     Args:
-        table: Has the columns run, method and seed; of one kind of run.
+        table: Has the columns run, method and seed, perhaps data and task; of one kind of run.
 
     Returns:
         The table with a column series: the method's name, or, for a method of which several runs share a seed (an
-        ablation), the run's name without its ending `-s<seed>`.
+        ablation), data and task, the run's name without its ending `-s<seed>`.
     """
-    runs = table[["run", "method", "seed"]].drop_duplicates()
-    several = set(runs.loc[runs.duplicated(["method", "seed"]), "method"])
+    keys = [name for name in ("method", "seed", "data", "task") if name in table]
+    runs = table[["run", *keys]].drop_duplicates()
+    several = set(runs.loc[runs.duplicated(keys), "method"])
     series = [
         str(run).removesuffix(f"-s{seed}") if method in several else method
         for run, method, seed in zip(table["run"], table["method"], table["seed"], strict=True)
@@ -70,33 +71,30 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     comes from the choice of documents.
 
     Args:
-        scores: Tidy table `scores.csv`.
+        scores: Tidy table `scores.csv`, perhaps with a column data: what the runs were trained on.
 
     Returns:
-        One row for each task, metric and series (see `with_series`): method, value, stderr, num_seeds, num_documents,
-        higher_is_better.
+        One row for each task, metric, series (see `with_series`) and data: method, value, stderr, num_seeds,
+        num_documents, higher_is_better.
     """
     import pandas as pd
 
     rows = []
-    keys = ["task", "metric", "series"]
-    parts = [with_series(rows_of_task) for _, rows_of_task in scores.groupby("task", sort=False)]
-    for (task, metric, series), group in pd.concat(parts).groupby(keys, sort=False) if parts else ():
+    keys = ["task", "metric", "series", *(["data"] if "data" in scores else [])]
+    for key, group in with_series(scores).groupby(keys, sort=False):
         of_documents = group["stderr"].astype(float).mean()
         values = group["value"].where(group["value"].map(math.isfinite))
         of_seeds = values.sem()  # not a number for one
         known = [error for error in (of_documents, of_seeds) if not math.isnan(error)]
         rows.append(
             {
-                "task": task,
-                "metric": metric,
-                "series": series,
+                **dict(zip(keys, key, strict=True)),
                 "method": group["method"].iloc[0],
                 "value": values.mean(skipna=False),
                 "stderr": max(known) if known else math.nan,
                 "num_seeds": len(group),
                 "num_documents": group["num_documents"].max() if "num_documents" in group else math.nan,
-                "higher_is_better": higher_is_better(metric),
+                "higher_is_better": higher_is_better(group["metric"].iloc[0]),
             }
         )
     return pd.DataFrame(
@@ -159,9 +157,10 @@ def mark_best(cells: Sequence[Cell], higher: bool) -> list[Cell]:
 
 
 def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[list[str], list[list[str | Cell]]]:
-    """Build a score table: a row for each method, a column for each task and metric, then time and state.
+    """Build a score table: a row for each data set and method, a column for each task and metric, then time and state.
 
-    A column of published numbers follows a task where the same was published for one of the models and methods.
+    A column of published numbers follows a task where the same was published for one of the models and methods. Times
+    are averaged over the runs on one machine, with a column for each where there are several.
 
     Args:
         scores: Tidy table `scores.csv`.
@@ -169,53 +168,55 @@ def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[li
         kind: Kind of training run.
 
     Returns:
-        Column headings, and rows whose first cell is the method's label and whose other cells are numbers, "", or
-        "diverged" for a score that is not finite.
+        Column headings, and rows whose first cells are the data trained on, if there are several, and the method's
+        label, and whose other cells are numbers, "", or "diverged" for a score that is not finite.
     """
     from misa.figures.style import METHODS, in_order
 
-    chosen = scores_of_kind(scores, runs, kind)
-    summary = summarise(shown(chosen, 2))
-    methods = dict(zip(summary["series"], summary["method"], strict=True))
+    chosen = shown(scores_of_kind(scores, runs, kind), 2)
+    trained = runs[(runs["kind"] == kind) & runs["run"].isin(chosen["run"])]
+    # The base model was trained on none of them; it stands first.
+    data_of = dict(zip(trained["run"], trained["data"].astype(str), strict=True))
+    chosen = with_series(chosen.assign(data=chosen["run"].map(data_of).fillna("")))
+    line_of = dict(zip(chosen["run"], zip(chosen["data"], chosen["series"], strict=True), strict=True))
+    trained = trained.assign(line=trained["run"].map(line_of))
+    summary = summarise(chosen)
+    summary["line"] = list(zip(summary["data"], summary["series"], strict=True))
+    methods = dict(zip(summary["line"], summary["method"], strict=True))
     order = in_order(METHODS, methods.values())
-    lines = sorted(methods, key=lambda series: (order.index(methods[series]), series))
-    seeds = summary.groupby("series")["num_seeds"].max()
-    series_of = dict(zip(*with_series(chosen)[["run", "series"]].to_numpy().T, strict=True)) if len(chosen) else {}
-    trained = runs[(runs["kind"] == kind) & runs["run"].isin(series_of)]
-    trained = trained.assign(series=trained["run"].map(series_of))
-    about = trained.groupby("series")[["model", "data"]].first().to_dict("index")
+    lines = sorted(methods, key=lambda line: (line[0], order.index(methods[line]), line[1]))
+    seeds = summary.groupby("line")["num_seeds"].max()
+    about = trained.groupby("line")[["model", "data"]].first().to_dict("index")
     head = ["method", "runs"]
     columns: list[list[str | Cell]] = [
-        [series_label(series, methods[series]) for series in lines],
-        [str(seeds[series]) for series in lines],
+        [series_label(line[1], methods[line]) for line in lines],
+        [str(seeds[line]) for line in lines],
     ]
+    if len(set(data_of.values())) > 1:
+        head.insert(0, "trained on")
+        columns.insert(0, [data for data, _ in lines])
     for (task, metric), rows in summary.groupby(["task", "metric"], sort=False):
-        by_series = rows.set_index("series")
-        percent = 100.0 if is_share(metric, by_series["value"]) else 1.0
-        scored = [series for series in lines if series in by_series.index]
-        present = [series for series in scored if math.isfinite(by_series.at[series, "value"])]
-        cells = [
-            Cell(percent * by_series.at[series, "value"], percent * by_series.at[series, "stderr"])
-            for series in present
-        ]
+        by_line = rows.set_index("line")
+        percent = 100.0 if is_share(metric, by_line["value"]) else 1.0
+        scored = [line for line in lines if line in by_line.index]
+        present = [line for line in scored if math.isfinite(by_line.at[line, "value"])]
+        cells = [Cell(percent * by_line.at[line, "value"], percent * by_line.at[line, "stderr"]) for line in present]
         marked = dict(zip(present, mark_best(cells, higher_is_better(metric)), strict=True))
-        columns.append([marked.get(series, "diverged" if series in scored else "") for series in lines])
+        columns.append([marked.get(line, "diverged" if line in scored else "") for line in lines])
         prefix = "" if task == metric or metric in task else f"{task.replace('_', ' ')}: "
         head.append(f"{prefix}{metric.replace('_', ' ')}{' (%)' if percent > 1 else ''}")
         beside = [published_cell(methods[s], task=task, metric=metric, **about[s]) if s in about else "" for s in lines]
         if any(beside):
             columns.append(list(beside))
             head.append("published")
-    # One method on two data sets is one series on each, not an ablation.
-    of_data = [
-        (str(data), with_series(own)) for data, own in trained.drop(columns="series").groupby("data", sort=False)
-    ]
-    for name, label, unit in (("train_s", "training (s)", 1), ("state_bytes", "optimizer state (MiB)", 2**20)):
-        for data, own in of_data:
-            if name in own:
-                means = own.groupby("series")[name].mean() / unit
-                columns.append([_number(means, series) for series in lines])
-                head.append(f"{data}: {label}" if len(of_data) > 1 else label)
+    machines = dict(iter(trained.groupby("machine", sort=False))) if "machine" in trained else {"": trained}
+    for machine, own in machines.items():
+        if "train_s" in own:
+            columns.append(_means(own, "train_s", lines))
+            head.append(f"training (s), {machine}" if len(machines) > 1 else "training (s)")
+    if "state_bytes" in trained:
+        columns.append(_means(trained, "state_bytes", lines, 2**20))
+        head.append("optimizer state (MiB)")
     return head, [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -302,9 +303,9 @@ def is_share(metric: str, values: pd.Series) -> bool:
     return higher_is_better(metric) and bool(((values >= 0) & (values <= 1)).all())
 
 
-def _number(means: Any, series: str) -> str | Cell:
-    value = float(means.get(series, math.nan))
-    return "" if math.isnan(value) else Cell(value)
+def _means(runs: pd.DataFrame, name: str, lines: Sequence[tuple[str, str]], unit: float = 1) -> list[str | Cell]:
+    means = (runs.groupby("line")[name].mean() / unit).dropna().to_dict()
+    return [Cell(means[line]) if line in means else "" for line in lines]
 
 
 def _format(cell: Cell) -> tuple[str, str]:

@@ -336,16 +336,31 @@ def test_perplexities_are_better_when_lower_and_not_percent():
     assert r"\toprule" in to_latex(head, rows)
 
 
-def test_one_method_on_two_data_sets_is_one_line_with_a_time_for_each():
+def test_each_data_set_has_lines_and_each_machine_a_time_of_its_own():
     rows = [(f"{task}-misa-s{s}", "misa", s, task, "acc", 0.5, 0.01, 9) for task in ("math", "choice") for s in (0, 1)]
-    scores = pd.DataFrame(rows, columns=["run", "method", "seed", "task", "metric", "value", "stderr", "num_documents"])
-    runs = scores[["run", "method", "seed"]].assign(
-        kind="finetune", model="2m", data=scores["task"], train_s=[1.0, 3.0, 5.0, 7.0]
+    rows += [
+        ("base-math", "none", 0, "math", "acc", 0.1, 0.01, 9),
+        ("base-choice", "none", 0, "choice", "acc", 0.2, 0.01, 9),
+    ]
+    scores = pd.DataFrame(
+        rows[1:], columns=["run", "method", "seed", "task", "metric", "value", "stderr", "num_documents"]
     )
-    head, (line,) = score_table(scores, runs, "finetune")
-    assert head == ["method", "runs", "math: acc (%)", "choice: acc (%)", "math: training (s)", "choice: training (s)"]
-    assert line[:2] == ["MISA", "2"]
-    assert [cell.value for cell in line[2:]] == [50.0, 50.0, 2.0, 6.0]
+    runs = scores[["run", "method", "seed"]].assign(
+        kind="finetune",
+        model="2m",
+        data=scores["task"],
+        machine=["gpu", "cpu", "gpu", "", ""],
+        train_s=[3.0, 5.0, 7.0, 0.0, 0.0],
+    )
+    head, lines = score_table(scores, runs[runs["method"] != "none"], "finetune")
+    assert head[:5] == ["trained on", "method", "runs", "math: acc (%)", "choice: acc (%)"]
+    assert head[5:] == ["training (s), gpu", "training (s), cpu"]
+    values = [[cell.value if isinstance(cell, Cell) else cell for cell in line] for line in lines]
+    assert values == [
+        ["", "base model", "1", 10.0, 20.0, "", ""],
+        ["choice", "MISA", "2", "", 50.0, 7.0, 5.0],
+        ["math", "MISA", "1", 50.0, "", 3.0, ""],
+    ]
 
 
 README = """# Title

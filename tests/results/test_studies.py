@@ -266,7 +266,8 @@ def test_methods_are_compared_with_misa_by_seed_on_each_data_set() -> None:
             for seed, loss in enumerate(values)
         ]
     )
-    _, rows = paired_table(table)
+    no_scores = pd.DataFrame(columns=["run", "task", "metric", "value"])
+    _, rows = paired_table(table, no_scores)
     assert [row[:3] for row in rows] == [
         ["corpus", "AdamW", "3"],
         ["corpus", "MISA", "3"],
@@ -279,11 +280,12 @@ def test_methods_are_compared_with_misa_by_seed_on_each_data_set() -> None:
     assert difference.value == pytest.approx(1.1)
     assert difference.stderr == pytest.approx(0.1 / 3**0.5)  # of 1.0, 1.1 and 1.2; the losses themselves spread by 1
     assert float(rows[0][5]) == pytest.approx(0.0027, rel=0.02)
-    assert rows[1][4:] == ["", ""]
+    assert rows[0][6] == rows[0][5]  # no other method to correct for
+    assert rows[1][4:] == ["", "", ""]
     assert rows[3][4].value == pytest.approx(0.5)
     assert rows[3][5] == ""  # one seed tests nothing
-    assert [rows[2][3:], rows[4][3:]] == [["diverged", "", ""]] * 2
+    assert [rows[2][3:], rows[4][3:]] == [["diverged", "", "", ""]] * 2
     lost = table.assign(eval_loss=table["eval_loss"].where(table["method"] != "misa"))  # MISA itself diverged
-    assert [row[4:] for row in paired_table(lost)[1]] == [["", ""]] * 6
+    assert [row[4:] for row in paired_table(lost, no_scores)[1]] == [["", "", ""]] * 6
     again = pd.concat([table, table[table["data"] == "corpus"]])
-    assert {row[0] for row in paired_table(again)[1]} == {"quiz"}
+    assert {row[0] for row in paired_table(again, no_scores)[1]} == {"quiz"}
