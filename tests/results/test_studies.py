@@ -199,8 +199,9 @@ def test_an_ablation_s_table_has_means_errors_and_p_values() -> None:
     head, rows = ablation_table(ablation())
     assert [len(row) for row in rows] == [len(head)] * 6
     # Seeds differ by 1, settings by a ninth: without pairing, nothing could be told apart.
-    label, num_seeds, _, difference, p, *uniform = next(row for row in rows if row[0] == "eta = 0")
-    assert (label, num_seeds, p, uniform) == ("eta = 0", "3", "0.0027", ["", ""])
+    label, num_seeds, _, difference, p, after, *uniform = next(row for row in rows if row[0] == "eta = 0")
+    assert (label, num_seeds, p, uniform) == ("eta = 0", "3", "0.0027", ["", "", ""])
+    assert after == "0.014"  # times five: all settings differ by as many standard errors
     assert isinstance(difference, Cell)
     assert (difference.value, difference.stderr) == (pytest.approx(0.11), pytest.approx(0.01 / 3**0.5))
 
@@ -211,12 +212,12 @@ def test_one_seed_has_differences_without_errors(tmp_path: Path) -> None:
     assert main(["ablation", "--table", str(table), "--output_dir", str(tmp_path)]) == 0
     lines = (tmp_path / "ablation.md").read_text().splitlines()
     assert lines[2:] == [
-        "| common setting | 1 | 6.00 |  |  | -0.110 |  |",
-        "| MISA, authors' code | 1 | 6.33 | 0.330 |  |  |  |",
-        "| eta = 0 | 1 | 6.11 | 0.110 |  |  |  |",
-        "| eta = 0; T = 50 | 1 | 6.44 | 0.440 |  |  |  |",
-        "| T = 50 | 1 | 6.22 | 0.220 |  | -0.220 |  |",
-        "| fresh scores = 1 | 1 | 6.55 | 0.550 |  | 0.440 |  |",
+        "| common setting | 1 | 6.00 |  |  |  | -0.110 |  |  |",
+        "| MISA, authors' code | 1 | 6.33 | 0.330 |  |  |  |  |  |",
+        "| eta = 0 | 1 | 6.11 | 0.110 |  |  |  |  |  |",
+        "| eta = 0; T = 50 | 1 | 6.44 | 0.440 |  |  |  |  |  |",
+        "| T = 50 | 1 | 6.22 | 0.220 |  |  | -0.220 |  |  |",
+        "| fresh scores = 1 | 1 | 6.55 | 0.550 |  |  | 0.440 |  |  |",
     ]
 
 
@@ -229,9 +230,9 @@ def test_a_setting_with_a_run_without_a_finite_loss_diverged(tmp_path: Path) -> 
     assert main(words) == 0
     lines = (tmp_path / "ablation.md").read_text().splitlines()
     assert [line for line in lines if "diverged" in line] == [
-        "| MISA, authors' code | 3 | diverged |  |  |  |  |",
-        "| eta = 0 | 3 | diverged |  |  |  |  |",
-        "| T = 50 | 3 | diverged |  |  |  |  |",
+        "| MISA, authors' code | 3 | diverged |  |  |  |  |  |  |",
+        "| eta = 0 | 3 | diverged |  |  |  |  |  |  |",
+        "| T = 50 | 3 | diverged |  |  |  |  |  |  |",
     ]
     # Against what diverged with one seed, the other two stay.
     found = compare_settings(rows).set_index("label")
