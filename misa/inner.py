@@ -124,6 +124,7 @@ class FusedAdamW:
         self._plan: _Plan | None = None
         self._memory: list[int] = []  # of the weights that the plan was made for, which it keeps alive
 
+    @torch.no_grad()
     def update(self, good: Tensor | bool = True, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient.
 
@@ -243,16 +244,16 @@ class _Batch:
 
     def add(self, p: Tensor, state: dict[str, Tensor], weight: Tensor, part: slice | None) -> None:
         self.params.append(p)
-        self.targets.append(cut(p.detach(), part))
+        self.targets.append(cut(p, part))
         self.exp_avgs.append(cut(state["exp_avg"], part))
         self.exp_avg_sqs.append(cut(state["exp_avg_sq"], part))
         self.sources.append((weight, part))
         if not self.direct:
-            self.weights.append(cut(weight.detach(), part))
+            self.weights.append(cut(weight, part))
         if self.room is not None:
-            end = self.used + _length(p, part)
-            self.wide.append(self.room[self.used : end].view_as(self.targets[-1]))
-            self.used = end
+            target = self.targets[-1]
+            self.wide.append(self.room.as_strided(target.shape, target.stride(), self.used))
+            self.used += target.numel()
 
     def step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         grads: list[Any] = [

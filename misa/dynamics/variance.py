@@ -195,9 +195,10 @@ def importance_weights(
     scores: Array, eta: float | str, effective_share: float = 0.5, clip: float | None = None
 ) -> Array:
     r"""\(p = \mathrm{softmax}(\eta \cdot \mathrm{scores})\), by the code the optimizer itself uses; shape `[B]`."""
-    from misa.optimizer.importance import probabilities
+    from misa.optimizer.importance import auto_eta, log_weights, normalized
 
-    return probabilities(scores, eta, clip, effective_share)
+    value = auto_eta(scores, effective_share) if eta == "auto" else float(eta)
+    return normalized(log_weights(scores, value, clip))
 
 
 def variance_parts(gradients: BlockGradients, inclusion: Array) -> tuple[float, float]:

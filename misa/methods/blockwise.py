@@ -65,6 +65,9 @@ def method(
             if chosen["budget"] not in (None, defaults["budget"]):
                 raise ValueError(f"method {name}: budget and num_blocks: give one of them")
             chosen["budget"] = None
+        share = chosen.get("effective_share")
+        if share is not None and chosen["eta"] != "auto":
+            raise ValueError(f"effective_share={share}: goes with eta=auto, not eta={chosen['eta']}")
         inner = chosen.pop("inner")
         if inner not in INNER:
             raise ValueError(f"inner={inner!r}: must be one of {', '.join(INNER)}")

@@ -100,8 +100,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._round = self._num_steps = self._step_in_round = self._num_idle = 0
         self._workers = Workers(source, settings)
         self._record = None if settings.record is None or self._workers.rank else RoundRecord(settings.record)
-        self._scores = np.zeros(len(self.blocks))
-        self._counts = np.zeros(len(self.blocks))
+        self._scores, self._counts, self._values = np.zeros((3, len(self.blocks)))
         self._rounding = torch.Generator().manual_seed(settings.seed)
         self._num_good = 0  # steps taken in finished rounds
         self._gathered: dict[str, Any] | None = None  # state of all processes, until the next step
@@ -122,12 +121,12 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     @property
     def probabilities(self) -> dict[str, float]:
         """Sampling probability of every block, as used for the current round's draw."""
-        return dict(zip((b.name for b in self.blocks), np.exp(self._log_p).tolist(), strict=True))
+        return dict(zip((b.name for b in self.blocks), importance.normalized(self._log_p).tolist(), strict=True))
 
     @property
     def scores(self) -> dict[str, float]:
         """Importance score of every block, as the next draw will read it."""
-        values = importance.read(self._scores, self._counts, self.settings.score)
+        values = importance.read(self._values, self._counts, self.settings.score)
         return dict(zip((b.name for b in self.blocks), values.tolist(), strict=True))
 
     @property
@@ -291,15 +290,14 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
     # ---- rounds ----------------------------------------------------------------------------------------------------
 
     def _active_set(self, entries: Sequence[Entry] = (), active: tuple[int, ...] = ()) -> ActiveSet:
-        state, rounding = self.state, self._rounding
-        return ActiveSet(entries, active, self.settings, self.param_groups, state, rounding, self._workers)
+        return ActiveSet(entries, active, self.settings, self.param_groups, self.state, self._rounding, self._workers)
 
     def _draw(self) -> None:
         """Draw the blocks of the next round and switch them on."""
         s = self.settings
-        scores = importance.read(self._scores, self._counts, s.score)
+        scores = importance.read(self._values, self._counts, s.score)
         eta = importance.auto_eta(scores, s.effective_share) if s.eta == "auto" else float(s.eta)
-        self._log_p = importance.log_probabilities(scores, eta, s.score.clip)
+        self._log_p = importance.log_weights(scores, eta, s.score.clip)  # up to a constant
         drawn = self._workers.draw(self._sampler, self._rounding, self._log_p)
         # A first pass over never-used blocks may end anywhere; the round after it ends at a multiple of the interval.
         since = self._num_steps % s.interval if s.first_pass else 0
@@ -327,7 +325,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._workers.require_equal()
         sums, num_good = self._on.norms.read()
         measured = self._workers.mean(self._measured(sums, num_good), len(self.blocks))
-        importance.update(self._scores, self._counts, measured, self.settings.score)
+        importance.update(self._scores, self._counts, self._values, measured, self.settings.score)
         if self._record is not None:
             self._record.append(self, measured)
         if self._first_forward is not None:

@@ -52,40 +52,38 @@ PAPER_RULE = ScoreRule(correction="none")
 OFFICIAL_RULE = ScoreRule(squared=False, per_parameter=False, correction="compounding", clip=5.0, per_interval=True)
 
 
-def update(scores: Array, counts: Array, measured: Mapping[int, float], rule: ScoreRule) -> None:
+def update(scores: Array, counts: Array, values: Array, measured: Mapping[int, float], rule: ScoreRule) -> None:
     """Moving average of what a round measured (Algorithm 1, line 17), in place.
 
-    Args:
-        scores: Stored scores.
-        counts: Number of updates each block has had.
-        measured: This round's mean squared norm (or mean norm) of each block that was measured, by its index; the
-            others keep their score.
-        rule: The score rule.
+    `measured` has this round's mean squared norm (or mean norm) of the blocks that got one, by index; the others keep
+    their score. `counts` are the updates each block has had, `values` the scores as `corrected`.
     """
     for i, value in measured.items():
         counts[i] += 1
         scores[i] = rule.beta * scores[i] + (1 - rule.beta) * value
         if rule.correction == "compounding":
             scores[i] /= 1 - rule.beta ** counts[i]
+        values[i] = corrected(scores[i], counts[i], rule)
 
 
-def read(scores: Array, counts: Array, rule: ScoreRule) -> Array:
-    """Scores as the exponent uses them: bias corrected, and squared where the plain norm is tracked.
+def corrected(score: float, count: float, rule: ScoreRule) -> float:
+    """A score without its bias, and squared where the plain norm is tracked; 0 for a block never measured."""
+    if rule.correction == "exact" and count:
+        score = score / (1 - rule.beta**count)
+    return score if rule.squared else score**2
+
+
+def read(values: Array, counts: Array, rule: ScoreRule) -> Array:
+    """Scores as the exponent uses them, of those `corrected`.
 
     A block that was never measured counts as an average one under exact correction, and as zero otherwise.
     """
-    if rule.correction != "exact":
-        return scores.copy() if rule.squared else scores**2
-    value = scores / np.maximum(1 - rule.beta**counts, 1e-300)  # 0 where nothing was measured
-    if not rule.squared:
-        value **= 2
-    if num_left := counts.size - np.count_nonzero(counts):
-        value[counts == 0] = value.sum() / max(counts.size - num_left, 1)
-    return value
+    num_measured = np.count_nonzero(counts) if rule.correction == "exact" else 0
+    return np.where(counts, values, values.sum() / num_measured) if 0 < num_measured < counts.size else values
 
 
-def log_probabilities(scores: ArrayLike, eta: float, clip: float | None = None) -> Array:
-    """Logarithm of the sampling probabilities, log softmax(eta * scores).
+def log_weights(scores: ArrayLike, eta: float, clip: float | None = None) -> Array:
+    """Logarithm of the sampling probabilities softmax(eta * scores), up to a constant: the largest is 0.
 
     The softmax maximises sum_b p_b s_b - KL(p || uniform) / eta over all distributions p (paper, section on importance
     sampling); eta = 0 is uniform. In logarithms, so that a large eta stays greedy instead of underflowing. `clip` is an
@@ -95,15 +93,14 @@ def log_probabilities(scores: ArrayLike, eta: float, clip: float | None = None) 
     if clip is not None:
         exponent = np.minimum(exponent, clip)
     exponent -= exponent.max()
-    with np.errstate(under="ignore"):
-        exponent -= math.log(np.exp(exponent).sum())
     return exponent
 
 
-def probabilities(scores: ArrayLike, eta: float | str = 1.0, clip: float | None = None, share: float = 0.5) -> Array:
-    """Sampling probabilities softmax(eta * scores); `eta="auto"` as in `auto_eta`."""
-    value = auto_eta(scores, share) if eta == "auto" else float(eta)
-    return np.exp(log_probabilities(scores, value, clip))
+def normalized(logarithms: Array) -> Array:
+    """Probabilities whose logarithms these are, up to a constant."""
+    weights: Array = np.exp(logarithms - logarithms.max())
+    weights /= weights.sum()
+    return weights
 
 
 def effective_number(weights: Array) -> float:
@@ -131,8 +128,6 @@ def auto_eta(scores: ArrayLike, share: float = 0.5) -> float:
         low, high = high, high * 10
     for _ in range(60):
         middle = (low + high) / 2
-        if effective_number(np.exp(middle * below)) > target:
-            low = middle
-        else:
-            high = middle
+        too_flat = effective_number(np.exp(middle * below)) > target
+        low, high = (middle, high) if too_flat else (low, middle)
     return high / spread

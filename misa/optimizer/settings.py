@@ -17,8 +17,6 @@ STATE_POLICIES = ("drop", "reset", "cpu", "keep")
 STATE_FORMATS = ("master", "fp32", "bf16", "8bit", "inner")
 RESIDUALS = ("cpu", "drop")
 
-InnerFactory = Callable[..., torch.optim.Optimizer]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -84,7 +82,7 @@ class Settings:
     residual: str = "cpu"
     step_in_backward: bool = False
     shard_state: bool = False
-    inner: InnerFactory | None = None
+    inner: Callable[..., torch.optim.Optimizer] | None = None
     inner_kwargs: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     record: str | None = None
@@ -116,6 +114,10 @@ class Settings:
         if isinstance(self.eta, str):
             if self.eta != "auto":
                 raise ValueError(f"eta={self.eta!r}: must be a number of at least 0, or 'auto'")
+            if self.score.clip is not None:
+                raise ValueError(
+                    f"eta='auto': a score with clip={self.score.clip} needs a number, the scale it cuts at"
+                )
         elif not (math.isfinite(self.eta) and self.eta >= 0):
             raise ValueError(f"eta={self.eta}: must be finite and not negative, or 'auto'")
         if not 0 < self.effective_share <= 1:

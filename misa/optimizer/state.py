@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from misa.optimizer import importance
 from misa.parameters import moved, num_bytes
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
         setattr(optimizer, f"_{name}", held[name])
     for name in ARRAYS:
         setattr(optimizer, f"_{name}", held[name].cpu().numpy().copy())
+    both, score = zip(optimizer._scores, optimizer._counts, strict=True), optimizer.settings.score
+    optimizer._values[:] = [importance.corrected(*one, score) for one in both]
     optimizer._sampler.load_state_dict(held["sampler"])
     optimizer._rounding.set_state(held["rounding"].cpu())
     optimizer._num_good = held["num_good"] - held["num_good_in_round"]

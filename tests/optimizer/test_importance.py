@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from misa.dynamics.variance import importance_weights
 from misa.optimizer import importance
 from misa.optimizer.importance import OFFICIAL_RULE, PAPER_RULE, ScoreRule
 
@@ -16,7 +17,7 @@ etas = st.floats(1e-6, 1e4)
 
 @given(scores, etas)
 def test_probabilities_sum_to_one(s, eta):
-    p = importance.probabilities(s, eta)
+    p = importance_weights(s, eta)
     assert p.sum().item() == pytest.approx(1)
     assert (p >= 0).all()
 
@@ -30,7 +31,7 @@ def test_probabilities_maximise_the_stated_objective(s, eta, seed):
         return (p * s).sum() - kl / eta
 
     generator = np.random.default_rng(seed)
-    best = objective(importance.probabilities(s, eta))
+    best = objective(importance_weights(s, eta))
     for _ in range(5):
         other = generator.random(len(s)) ** 3 + 1e-12
         assert objective(other / other.sum()) <= best + 1e-9 * (1 + abs(best))
@@ -39,21 +40,21 @@ def test_probabilities_maximise_the_stated_objective(s, eta, seed):
 @given(scores, etas, st.floats(0, 100))
 def test_probabilities_do_not_change_when_all_scores_shift(s, eta, shift):
     np.testing.assert_allclose(
-        importance.probabilities(s + shift, eta), importance.probabilities(s, eta), rtol=1e-6, atol=1e-8 * (1 + eta)
+        importance_weights(s + shift, eta), importance_weights(s, eta), rtol=1e-6, atol=1e-8 * (1 + eta)
     )
 
 
 def test_eta_zero_is_uniform():
-    assert importance.probabilities(np.array([1.0, 5.0, 9.0, 0.0]), 0.0).tolist() == [0.25] * 4
+    assert importance_weights(np.array([1.0, 5.0, 9.0, 0.0]), 0.0).tolist() == [0.25] * 4
 
 
 def test_large_eta_is_greedy():
-    p = importance.probabilities(np.array([1.0, 1.1, 0.9]), 1e6)
+    p = importance_weights(np.array([1.0, 1.1, 0.9]), 1e6)
     assert p.tolist() == [0, 1, 0]
 
 
 def test_clip_bounds_the_exponent():
-    p = importance.probabilities(np.array([0.0, 100.0]), 1.0, clip=5.0)
+    p = importance_weights(np.array([0.0, 100.0]), 1.0, clip=5.0)
     assert (p[1] / p[0]).item() == pytest.approx(math.exp(5))
 
 
@@ -64,7 +65,7 @@ def test_auto_eta_reaches_the_wanted_effective_number_at_every_scale(values, sha
     if float(s.max() - s.min()) < 1e-3:
         return
     s = s * scale
-    reached = importance.effective_number(importance.probabilities(s, "auto", share=share))
+    reached = importance.effective_number(importance_weights(s, "auto", effective_share=share))
     top = int((s >= s.max() * (1 - 1e-9)).sum())
     assert reached == pytest.approx(max(share * len(values), top), rel=1e-3)
 
@@ -81,10 +82,10 @@ def test_auto_eta_share_out_of_range_raises(share):
 
 def averaged(rule, values):
     """Score of one block after each of these measurements, and what it is read as."""
-    score, count, out = np.zeros(1), np.zeros(1), []
+    score, count, read, out = np.zeros(1), np.zeros(1), np.zeros(1), []
     for value in values:
-        importance.update(score, count, {0: value}, rule)
-        out.append(importance.read(score, count, rule).item())
+        importance.update(score, count, read, {0: value}, rule)
+        out.append(importance.read(read, count, rule).item())
     return out
 
 
@@ -113,7 +114,7 @@ def test_official_rule_compounds_its_bias_correction():
 
 def test_blocks_that_were_not_seen_keep_their_score():
     scores, counts = np.array([1.0, 2.0]), np.array([1.0, 1.0])
-    importance.update(scores, counts, {1: 7.0}, PAPER_RULE)
+    importance.update(scores, counts, np.zeros(2), {1: 7.0}, PAPER_RULE)
     assert scores[0] == 1
     assert scores[1] == pytest.approx(3)
     assert counts.tolist() == [1, 2]
@@ -130,3 +131,15 @@ def test_block_never_measured_counts_as_an_average_one():
 def test_score_rule_out_of_range_raises_naming_the_field(field, value):
     with pytest.raises(ValueError, match=f"{field}="):
         ScoreRule(**{field: value})
+
+
+@given(
+    st.lists(st.dictionaries(st.integers(0, 5), st.floats(0, 1e3), max_size=3), min_size=1, max_size=8),
+    st.sampled_from([ScoreRule(), ScoreRule(squared=False), PAPER_RULE, OFFICIAL_RULE]),
+)
+def test_values_kept_up_to_date_are_those_of_scores_and_counts(rounds, rule):
+    scores, counts, values = np.zeros((3, 6))
+    for measured in rounds:
+        importance.update(scores, counts, values, measured, rule)
+        anew = [importance.corrected(score, count, rule) for score, count in zip(scores, counts, strict=True)]
+        assert values.tolist() == anew

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from misa.optimizer.importance import log_probabilities
+from misa.optimizer.importance import log_weights
 from misa.optimizer.sampling import BlockSampler
 
 sizes = st.lists(st.integers(1, 50), min_size=1, max_size=12)
 
 
 def uniform(num_blocks):
-    return log_probabilities(np.zeros(num_blocks), 1.0)
+    return log_weights(np.zeros(num_blocks), 1.0)
 
 
 @given(
@@ -26,7 +26,7 @@ def uniform(num_blocks):
 def test_draw_never_exceeds_the_budget_nor_repeats_a_block(numels, order, budget, first_pass, sample_last, seed):
     limit = max(int(budget * sum(numels)), min(numels))
     sampler = BlockSampler(numels, order, max_numel=limit, first_pass=first_pass, sample_last=sample_last, seed=seed)
-    log_p = log_probabilities(np.random.default_rng(seed).random(len(numels)), 2.0)
+    log_p = log_weights(np.random.default_rng(seed).random(len(numels)), 2.0)
     for _ in range(5):
         drawn = sampler.draw(log_p)
         assert 1 <= len(drawn) == len(set(drawn))

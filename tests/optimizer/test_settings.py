@@ -18,6 +18,7 @@ from misa.optimizer import MISA, Settings
         ({"interval": 2.5}, "interval=2.5"),
         ({"eta": -1.0}, "eta=-1.0"),
         ({"eta": "big"}, "eta='big'"),
+        ({"eta": "auto", "variant": "official"}, "eta='auto': a score with clip=5.0 needs a number"),
         ({"beta": 1.0}, "beta=1.0"),
         ({"variant": "mine"}, "variant='mine'"),
         ({"granularity": "module"}, "granularity='module'"),
