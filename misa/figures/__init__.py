@@ -84,17 +84,18 @@ def plot_all(name: str, tables: Iterable[pd.DataFrame]) -> Figure:
     return plot(name, pd.concat(tables, ignore_index=True))
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
+def read_table(path: str | Path, columns: Iterable[str] = ()) -> pd.DataFrame:
     """Read a tidy table.
 
     Args:
         path: A CSV file.
+        columns: Columns it must have. Default: whatever it has will do.
 
     Returns:
         The table.
 
     Raises:
-        ValueError: If there is no such file or it holds nothing.
+        ValueError: If there is no such file, it holds nothing, or a column is missing.
     """
     import pandas as pd
 
@@ -103,6 +104,11 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise ValueError(f"table {path} does not exist")
     try:
         # "none" is a method (the base model), so only empty cells are missing values.
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
     except pd.errors.EmptyDataError:
         raise ValueError(f"table {path} is empty") from None
+    except (pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"table {path} is no CSV file: {error}") from None
+    if missing := [column for column in columns if column not in table]:
+        raise ValueError(f"table {path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table))}")
+    return table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from misa.results.published import PREFIX, published_cell
-from misa.results.tables import Cell, write_table
+from misa.results.tables import Cell, read_tidy, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,12 +78,10 @@ def write_benchmark_table(tables_dir: str | Path, output_dir: str | Path) -> lis
     Raises:
         ValueError: If the tidy table is missing or has no score of a benchmark.
     """
-    from misa.figures import read_table
-
     path = Path(tables_dir) / "scores.csv"
     runs = Path(tables_dir) / "runs.csv"
-    models = dict(read_table(runs)[["run", "model"]].itertuples(index=False)) if runs.is_file() else None
-    head, rows = benchmark_table(read_table(path), models)
+    models = dict(read_tidy(tables_dir, "runs")[["run", "model"]].itertuples(index=False)) if runs.is_file() else None
+    head, rows = benchmark_table(read_tidy(tables_dir, "scores"), models)
     if not rows:
         raise ValueError(f"{path} has no score of a benchmark ({', '.join(SETS)})")
     return write_table("benchmarks", head, rows, output_dir)

@@ -13,7 +13,7 @@ from misa.results.ablation import ablation_table
 from misa.results.collect import MANIFEST_FILE
 from misa.results.paired import paired_table
 from misa.results.published import published_table
-from misa.results.tables import SCORE_TABLES, Cell, cell_text, score_table, write_table
+from misa.results.tables import SCORE_TABLES, Cell, cell_text, read_tidy, score_table, write_table
 from misa.results.tuning import tuning_table
 
 if TYPE_CHECKING:
@@ -102,9 +102,7 @@ def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
     Raises:
         ValueError: If a tidy table or the manifest is missing.
     """
-    from misa.figures import read_table
-
-    scores, runs, settings = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs", "settings"))
+    scores, runs, settings = (read_tidy(tables_dir, name) for name in ("scores", "runs", "settings"))
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]] = {
         **{name: score_table(scores, runs, kind) for name, kind in SCORE_TABLES.items()},
         "paired": paired_table(settings, scores),

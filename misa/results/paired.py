@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from misa.results.tables import Cell, is_share, shown, write_table
+from misa.results.tables import Cell, is_share, read_tidy, shown, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +53,7 @@ def paired_table(settings: pd.DataFrame, scores: pd.DataFrame) -> tuple[list[str
 
 def write_paired_table(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
     """Write `paired.md` and `paired.tex` of a folder of tidy tables, and return their paths."""
-    from misa.figures import read_table
-
-    head, rows = paired_table(*(read_table(Path(tables_dir) / f"{name}.csv") for name in ("settings", "scores")))
+    head, rows = paired_table(*(read_tidy(tables_dir, name) for name in ("settings", "scores")))
     return write_table("paired", head, rows, output_dir, empty="No runs to compare with MISA yet.\n")
 
 

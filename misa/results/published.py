@@ -119,12 +119,12 @@ def _their_task(task: str, metric: str, data: str) -> str:
 
 def _measured_scores(folder: Path) -> dict[tuple[str, str, str], float]:
     """Mean over seeds of what has a published counterpart: method, model, task -> value."""
-    import pandas as pd
+    from misa.results.tables import read_tidy
 
     files = [folder / f"{name}.csv" for name in ("scores", "runs")]
     if not all(file.is_file() for file in files):
         return {}
-    scores, runs = (pd.read_csv(file, keep_default_na=False, na_values=[""]) for file in files)
+    scores, runs = (read_tidy(folder, name) for name in ("scores", "runs"))
     # The last row of a run is its training, which knows the text it was trained on.
     about = runs.drop_duplicates("run", keep="last").set_index("run")[["model", "data"]].astype(str).T.to_dict()
     found: dict[tuple[str, str, str], list[float]] = {}

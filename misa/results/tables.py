@@ -19,6 +19,11 @@ SCORE_TABLES = {"scores": "finetune", "pretraining": "pretrain"}
 BASE_METHOD = "none"
 #: Metrics worth showing, most telling first. A task with none of them shows the first that it has.
 SHOWN_METRICS = ("exact_match", "relation_match", "acc_norm", "acc", "bits_per_byte", "perplexity")
+_NEEDED = {
+    "scores": ("run", "method", "seed", "task", "metric", "value", "stderr", "num_documents"),
+    "runs": ("run", "kind", "method", "seed", "model", "data"),
+    "settings": ("run", "kind", "method", "seed", "data", "eval_loss"),
+}
 _LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "ppl")
 
 
@@ -156,6 +161,17 @@ def mark_best(cells: Sequence[Cell], higher: bool) -> list[Cell]:
     return [Cell(cell.value, cell.stderr, best=separated and i == order[0]) for i, cell in enumerate(cells)]
 
 
+def read_tidy(tables_dir: str | Path, name: str) -> pd.DataFrame:
+    """Read `scores.csv`, `runs.csv` or `settings.csv` of a folder of tidy tables, with the columns all need.
+
+    Raises:
+        ValueError: If it is missing, or a column is.
+    """
+    from misa.figures import read_table
+
+    return read_table(Path(tables_dir) / f"{name}.csv", _NEEDED[name])
+
+
 def score_table(scores: pd.DataFrame, runs: pd.DataFrame, kind: str) -> tuple[list[str], list[list[str | Cell]]]:
     """Build a score table: a row for each data set and method, a column for each task and metric, then time and state.
 
@@ -288,9 +304,7 @@ def write_score_tables(tables_dir: str | Path, output_dir: str | Path) -> list[P
     Raises:
         ValueError: If a tidy table is missing.
     """
-    from misa.figures import read_table
-
-    scores, runs = (read_table(Path(tables_dir) / f"{name}.csv") for name in ("scores", "runs"))
+    scores, runs = (read_tidy(tables_dir, name) for name in ("scores", "runs"))
     paths = []
     for name, kind in SCORE_TABLES.items():
         empty = f"No scores of kind {kind} yet.\n"

@@ -432,3 +432,15 @@ def test_collected_settings_say_what_each_run_was_told(tmp_path):
     assert rows.loc["a", ["budget", "eta", "learning_rate", "eval_loss"]].tolist() == [0.03, "auto", 1e-3, 4.5]
     assert rows.loc["b", "learning_rate"] == 2e-3
     assert pd.isna(rows.loc["b", "budget"])
+
+
+@pytest.mark.parametrize("verb", ["tables", "pages", "benchmarks"])
+@pytest.mark.parametrize(
+    ("text", "message"), [("run,seed\na,0\n", "lacks the columns method"), ("a,b\n1,2\n1,2,3,4\n", "is no CSV")]
+)
+def test_wrong_tidy_table_is_named(verb, text, message, results, tmp_path, capsys):
+    main(["collect", str(results), "--output_dir", str(tmp_path)])
+    (tmp_path / "scores.csv").write_text(text)
+    capsys.readouterr()
+    assert main([verb, "--tables", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
+    assert f"table {tmp_path / 'scores.csv'} {message}" in capsys.readouterr().err
