@@ -274,6 +274,8 @@ def _located(source: str | Path, loading: LoadingOptions | None) -> tuple[str, d
             raise ValueError(f"no file at {text}")
         text, options["gguf_file"] = str(Path(text).parent), Path(text).name
     _require_source(text)
+    if "revision" in options and Path(text).is_dir():
+        raise ValueError(f"revision is {options['revision']}, which a model of the hub has, but {text} is a folder")
     name = options.get("gguf_file")
     if name is not None and Path(text).is_dir() and not (Path(text) / name).is_file():
         raise ValueError(f"no file at {Path(text) / name}")

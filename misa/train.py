@@ -188,6 +188,8 @@ def make_job(
                 f"max_length is {finetune.max_length}, and there are sequences of {longest} tokens; allowed is up to "
                 f"the model's {limit}"
             )
+        if evaluation is not None and limit is not None:
+            _require_context(str(finetune.task_name), limit)
         return Parts(
             model=model,
             tokenizer=tokenizer,
@@ -240,6 +242,18 @@ def _evaluation(run: RunOptions, finetune: FinetuneOptions) -> list[str]:
         *("--model_name_or_path", str(output / "model"), "--tasks", task, "--data_dir", str(folder)),
         *("--output_dir", str(output / "evaluation"), "--max_seq_length", str(finetune.max_length)),
     ]
+
+
+def _require_context(task_name: str, limit: int) -> None:
+    """Refuse a model whose context has no room for the answers it is to be scored by."""
+    from misa.evaluation.model import require_room
+    from misa.evaluation.scoring import expand, num_generated
+
+    try:
+        for task in expand([TASKS[task_name]]):
+            require_room(task, num_generated(task), limit)
+    except ValueError as error:
+        raise ValueError(f"evaluate_at_last: {error}") from error
 
 
 def _cuts_logits(model: Any) -> bool:

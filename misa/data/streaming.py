@@ -20,6 +20,7 @@ from misa.data.hub import load_hub
 from misa.data.records import DOCUMENT_SUFFIXES, NUM_NAMED, require_share, require_text
 from misa.data.text import TextSource, encode_padded, is_held_out, padded_item
 from misa.models import first_line
+from misa.training.errors import StreamError
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +76,17 @@ def _open_files(files: Sequence[Any]) -> Any:
 
 
 def _readable(documents: Iterable[Any], where: str) -> Iterator[Any]:
-    """Pass documents or batches on; what goes wrong in reading them becomes a `ValueError`."""
+    """Pass documents or batches on; what goes wrong in reading them becomes a `StreamError`."""
     try:
         yield from documents
     except Exception as error:
         raise _unreadable(where, error) from error
 
 
-def _unreadable(where: str, error: Exception) -> ValueError:
+def _unreadable(where: str, error: Exception) -> StreamError:
     # What a reader of `datasets` raises depends on the kind of file; of an empty one it is this.
     reason = "it is empty" if isinstance(error, StopIteration) else first_line(error)
-    return ValueError(f"{where} cannot be read: {reason}")
+    return StreamError(f"{where} cannot be read: {reason}")
 
 
 class _Sieve:
@@ -112,7 +113,7 @@ class _Sieve:
         except ValueError as error:
             fault = f"{self.source}, document {number}: {error}"
             if not self.max_malformed:
-                raise ValueError(fault) from None
+                raise StreamError(fault) from None
             if not self.num_faults:
                 logger.warning("%s; left out, as are others like it", fault)
             self.num_faults += 1
@@ -123,7 +124,7 @@ class _Sieve:
     def judge(self) -> None:
         """Raise if too many of the documents so far were left out."""
         if self.num_faults > self.max_malformed * self.count:
-            raise ValueError(
+            raise StreamError(
                 f"{'; '.join(self.named)} ({self.num_faults} of {self.count} documents malformed, "
                 f"max_malformed allows a share of {self.max_malformed:g})"
             )
@@ -258,7 +259,7 @@ class StreamedText(torch.utils.data.IterableDataset[dict[str, Any]]):
                     yield item
                 chunk += 1
             if whole and before == (number, len(carry)):
-                raise ValueError("the stream holds no document to train on")
+                raise StreamError("the stream holds no document to train on")
             epoch, chunk, stands = epoch + 1, 0, None
 
     def _chunk_items(self, texts: list[str], epoch: int, chunk: int, carry: list[int]) -> Iterator[dict[str, Any]]:

@@ -29,7 +29,7 @@ from misa.results import (
 from misa.training import folders
 from misa.training.checkpoints import latest_checkpoint, remove_checkpoints, step_of
 from misa.training.curves import curve_points, mean_loss
-from misa.training.errors import DivergedError
+from misa.training.errors import DivergedError, StreamError
 from misa.training.identity import matters
 from misa.training.lock import FolderLock
 from misa.training.options import MemoryOptions, MethodOptions, RunOptions
@@ -381,6 +381,11 @@ def _run_command(prog: str, job: Callable[[], Job], held: contextlib.ExitStack) 
         return 130
     except DivergedError as error:
         print(f"{prog}: error: {error}; no result is written (--stop_on_nan false goes on)", file=sys.stderr)
+        return 1
+    except StreamError as error:
+        # A worker process wraps the message in where it comes from.
+        reason = str(error).strip().splitlines()[-1].rpartition("StreamError: ")[-1]
+        print(f"{prog}: error: {reason}; what was saved before stays", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno != errno.ENOSPC:

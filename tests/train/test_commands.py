@@ -286,7 +286,11 @@ def test_run_continues_from_a_checkpoint_elsewhere_and_from_a_model(
 
 
 def test_trained_model_is_scored_at_last(
-    finetune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finetune: Callable[..., int],
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # With the one generated task, since the sets of the two published task names need a folder of their own.
     monkeypatch.setitem(train.TASKS, "math", "misa_family")
@@ -296,6 +300,13 @@ def test_trained_model_is_scored_at_last(
     (tmp_path / "sets").mkdir()
     record = {"instruction": "Who?", "input": "", "output": "-", "answer": "mother"}
     (tmp_path / "sets" / "test.jsonl").write_text(json.dumps(record) + "\n")
+    # A response may have 16 tokens, which must fit into the model beside a prompt.
+    short = shutil.copytree(small / "model", tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    few = {**asked, "max_length": 16, "model_name_or_path": short}
+    assert finetune("few", "--evaluate_at_last", "--train_on_inputs", **few) == 2
+    assert "evaluate_at_last: max_length is 16" in capsys.readouterr().err
     assert finetune("run", "--evaluate_at_last", **asked) == 0
     scores = read_result(tmp_path / "run" / "evaluation")
     assert scores.config["base_run"] == "run"
@@ -321,6 +332,7 @@ def test_model_need_not_be_written(finetune: Callable[..., int], tmp_path: Path)
         ({}, ["--evaluate_at_last"], "evaluate_at_last: task_name is None, allowed is math, commonsense"),
         ({"attn_implementation": "best"}, [], "best"),
         ({"gguf_file": "no.gguf"}, [], "no file at"),
+        ({"revision": "main"}, [], "revision is main, which a model of the hub has, but"),
         ({"model_name_or_path": "no.gguf"}, [], "no file at no.gguf"),
         ({"model_name_or_path": "./nowhere"}, [], "no folder at ./nowhere"),
         ({"dataset_path": "./nowhere"}, [], "data source nowhere is neither a folder nor a file"),

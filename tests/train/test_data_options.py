@@ -277,6 +277,29 @@ def test_wrong_text_ends_with_one_line(
     assert message in error
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_fault_in_the_middle_of_a_stream_ends_the_run_with_one_line(
+    pretrain_words: Callable[..., list[str]],
+    small: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    num_workers: int,
+) -> None:
+    lines = (small / "corpus" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "text").mkdir()
+    for split, rows in (("train", [*lines, '{"text": 3}']), ("validation", lines[:4])):
+        (tmp_path / "text" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    options = {**STREAM, "max_steps": 1000, "save_steps": 1000, "dataloader_num_workers": num_workers}
+    words = pretrain_words("run", **options, dataset_path=tmp_path / "text", tokenizer_name_or_path=small / "model")
+    assert pretrain.main(words) == 1
+    said = capsys.readouterr().err
+    assert said.strip().splitlines()[-1] == (
+        f"misa.pretrain: error: streamed text, document {len(lines) + 1}: field 'text' must be text, found int; "
+        "what was saved before stays"
+    )
+    assert "Traceback" not in said
+
+
 def test_streamed_text_needs_a_tokenizer(
     pretrain_words: Callable[..., list[str]], small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
