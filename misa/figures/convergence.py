@@ -20,13 +20,14 @@ _AXES = {"step": ("steps", 1), "tokens": ("tokens (1000)", 1000), "time_s": ("tr
 def plot(table: pd.DataFrame) -> Figure:
     """Draw the loss of every method: mean over seeds, band from the lowest to the highest seed.
 
-    Seeds of one method see the same steps; tokens and time of a point are their means. The axis of losses spans the
-    second half of the runs, where methods differ; what lies above comes earlier. Losses that are not finite are left
-    out.
+    Seeds of one method see the same steps; tokens and time of a point are their means. Times are those of runs on one
+    machine, the one with most methods. The axis of losses spans the second half of the runs, where methods differ; what
+    lies above comes earlier. Losses that are not finite are left out.
 
     Args:
         table: Tidy table `convergence.csv`. Drawn is the evaluation loss, and the training loss for a kind of run
-            that was not evaluated on the way. A column data, if there is one, splits the kinds.
+            that was not evaluated on the way. A column data, if there is one, splits the kinds; without a column
+            machine all runs count as of one.
 
     Returns:
         The figure.
@@ -42,7 +43,7 @@ def plot(table: pd.DataFrame) -> Figure:
     losses = table[table["metric"].isin(list(_METRICS))]
     if losses.empty:
         raise ValueError(f"table has no rows with metric {' or '.join(_METRICS)}")
-    panels = _panels(losses if "data" in losses else losses.assign(data=""))
+    panels = _panels(losses.assign(**{name: "" for name in ("data", "machine") if name not in losses}))
     order = s.in_order(s.METHODS, losses["method"])
     with s.style():
         figure = s.new_figure(0.45 + 1.5 * len(panels))
@@ -53,10 +54,14 @@ def plot(table: pd.DataFrame) -> Figure:
             of_kind = with_series(of_kind[of_kind["metric"] == metric])
             late = of_kind[of_kind["step"] >= of_kind["step"].max() / 2]["value"]
             late = late[np.isfinite(late)]
+            machine = of_kind.groupby("machine", sort=False)["series"].nunique().idxmax()
             for (method, series), rows in of_kind.groupby(["method", "series"]):
-                points = rows.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"]).sort_index()
                 look = s.look(s.METHODS, method)
                 for ax, (column, (_, unit)) in zip(row, _AXES.items(), strict=True):
+                    drawn = rows[rows["machine"] == machine] if column == "time_s" else rows
+                    points = drawn.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"])
+                    if points.empty:
+                        continue
                     x = points.index if column == "step" else points[column]["mean"] / unit
                     value = points["value"]
                     (line,) = ax.plot(

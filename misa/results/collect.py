@@ -23,7 +23,10 @@ MANIFEST_FILE = "MANIFEST.json"
 _RUN_COLUMNS = ("run", "kind", "method", "seed", "model", "data")
 #: Columns of each table. `runs` has further ones, from the metrics, peaks and timings of its runs.
 TABLES: dict[str, tuple[str, ...]] = {
-    "convergence": ("kind", "data", "run", "method", "seed", "step", "tokens", "time_s", "metric", "value"),
+    "convergence": (
+        *("kind", "data", "machine", "run", "method", "seed"),
+        *("step", "tokens", "time_s", "metric", "value"),
+    ),
     "scores": (
         *("run", "method", "seed", "task", "metric", "value", "stderr"),
         *("num_documents", "task_version", "prompt_hash"),
@@ -264,11 +267,16 @@ def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, r
 
 def _run_row(result: Result) -> dict[str, Any]:
     row: dict[str, Any] = {name: getattr(result, name) for name in _RUN_COLUMNS}
-    row["machine"] = result.provenance.machine.gpu or result.provenance.machine.processor
+    row["machine"] = _device(result)
     for group in (result.metrics, result.peaks, result.timings):
         # Names with a slash belong to one task, method or snapshot; they have tables of their own.
         row |= {name: value for name, value in group.items() if "/" not in name}
     return row
+
+
+def _device(result: Result) -> str:
+    """What a run computed on, whose times compare with no other's."""
+    return result.provenance.machine.gpu or result.provenance.machine.processor
 
 
 def _settings_row(result: Result) -> dict[str, Any]:
@@ -285,6 +293,7 @@ def _curve_rows(item: Found) -> list[Mapping[str, Any]]:
     columns = {
         "kind": result.kind,
         "data": result.data,
+        "machine": _device(result),
         "run": result.run,
         "method": result.method,
         "seed": result.seed,

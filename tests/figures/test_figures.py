@@ -434,3 +434,16 @@ def test_all_figures_skip_tables_without_rows(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"memory.pdf", "memory.png"}
     assert main(["staleness", *words]) == 2
     assert "table has no rows" in capsys.readouterr().err
+
+
+def test_times_of_another_machine_are_left_out():
+    table = convergence()
+    table = table[table["kind"] == "finetune"].assign(machine="a")
+    alone = plot("convergence", table).axes
+    again = table[table["method"] == "misa"].assign(
+        machine="b", seed=7, run="other", time_s=lambda t: 100 * t["time_s"]
+    )
+    both = plot("convergence", pd.concat([again, table])).axes
+    for axes, expected in zip(both, alone, strict=True):
+        for line, other in zip(axes.lines, expected.lines, strict=True):
+            assert line.get_xdata().tolist() == other.get_xdata().tolist()
