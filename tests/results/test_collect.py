@@ -4,88 +4,15 @@ import json
 
 import pandas as pd
 import pytest
+from made import result
 
 from misa.figures import read_table
-from misa.results import CurvePoint, Machine, Provenance, Result, write_curves, write_result
+from misa.results import CurvePoint, write_curves, write_result
 from misa.results.__main__ import main
 from misa.results.collect import TABLES, collect, digest_warnings, find_results
 from misa.results.readme import fill, times_table
-from misa.results.tables import Cell, mark_best, score_table, summarise, to_latex, to_markdown, with_series
 
 RUN_COLUMNS = ["run", "kind", "method", "seed", "model", "data"]
-
-
-def provenance(digest="a" * 64):
-    return Provenance(
-        created="2026-01-01T00:00:00+00:00",
-        command=["python", "-m", "misa.train"],
-        misa_version="0.1.0",
-        package_digest=digest,
-        versions={"python": "3.11"},
-        machine=Machine(processor="x", num_cores=2, memory_bytes=8, num_threads=2),
-    )
-
-
-def result(run, kind, method="misa", seed=0, digest="a" * 64, **fields):
-    defaults = {"model": "m", "data": "d", "config": {}, "provenance": provenance(digest)}
-    return Result(run=run, kind=kind, method=method, seed=seed, **{**defaults, **fields})
-
-
-@pytest.fixture
-def results(tmp_path):
-    """A small study: two methods, two seeds, a base model, a memory and a variance measurement."""
-    root = tmp_path / "results"
-    for i, method in enumerate(("lora", "misa")):
-        for seed in (0, 1):
-            name = f"{method}-s{seed}"
-            folder = root / "runs" / name
-            write_curves(
-                [
-                    CurvePoint(
-                        step=step, tokens=10 * step, time_s=0.5 * step, metric="eval_loss", value=2.0 - 0.1 * step
-                    )
-                    for step in (0, 5)
-                ],
-                folder / "curves.csv",
-            )
-            write_result(
-                result(
-                    *(name, "finetune", method, seed),
-                    metrics={"eval_loss": 1.5},
-                    peaks={"state_bytes": 2**20 * (3 - i)},
-                    timings={"train_s": 100.0 + 10 * seed},
-                    curves="curves.csv",
-                ),
-                folder,
-            )
-            score = {"family/exact_match": 0.4 + 0.3 * i + 0.02 * seed, "family/exact_match_stderr": 0.02}
-            write_result(
-                result(
-                    *(f"{name}-eval", "evaluate", method, seed),
-                    config={"base_run": name, "task_versions": {"family": "1.0"}},
-                    metrics=score | {"family/num_documents": 200.0, "family/num_tokens": 5.0},
-                ),
-                root / "evaluations" / name,
-            )
-    write_result(
-        result(
-            *("base", "evaluate", "none"),
-            config={"base_run": "", "task_versions": {"family": "1.0"}},
-            metrics={"family/exact_match": 0.1, "family/exact_match_stderr": 0.01, "family/num_documents": 200.0},
-        ),
-        root / "evaluations" / "base",
-    )
-    write_result(result("memory", "memory", "lora,misa", peaks={"misa/peak_bytes": 5.0}), root / "memory")
-    row = {"method": "misa", "model": "m", "batch_size": 4, "seq_len": 128, "checkpointing": False}
-    pd.DataFrame([row | {"category": "weights", "bytes": 5, "moment": "peak"}]).to_csv(
-        root / "memory/memory.csv", index=False
-    )
-    write_result(result("variance", "variance", "none"), root / "variance")
-    for name in ("variance", "gradient_norms", "staleness"):
-        pd.DataFrame([dict.fromkeys(TABLES[name], 1)]).to_csv(root / "variance" / f"{name}.csv", index=False)
-    write_result(result("rate", "rate", "misa_paper"), root / "rate")
-    pd.DataFrame([dict.fromkeys(TABLES["rate"], 1)]).to_csv(root / "rate" / "rate.csv", index=False)
-    return root
 
 
 def test_collect_writes_every_table_with_its_columns(results, tmp_path):
@@ -238,67 +165,6 @@ def test_run_may_be_scored_in_parts_on_tasks_of_their_own(tmp_path, capsys):
     assert "are called base with the task arc_easy" in capsys.readouterr().err
 
 
-def test_scores_are_averaged_over_seeds_with_the_larger_error(results):
-    summary = summarise(collect(find_results([results]))["scores"]).set_index("method")
-    assert summary.loc["misa", "value"] == pytest.approx(0.71)
-    assert summary.loc["misa", "num_seeds"] == 2
-    assert summary.loc["misa", "stderr"] == pytest.approx(0.02)  # over documents; over seeds it is 0.01
-    far = pd.DataFrame(
-        {
-            "run": ["a-s0", "a-s1"],
-            "method": "a",
-            "seed": [0, 1],
-            "task": "t",
-            "metric": "acc",
-            "value": [0.2, 0.6],
-            "stderr": 0.01,
-        }
-    )
-    assert summarise(far)["stderr"].item() == pytest.approx(0.2)
-
-
-def test_an_ablation_is_a_series_of_its_own():
-    table = pd.DataFrame({"run": ["misa-s0", "misa-d10-s0", "lora-s0"], "method": ["misa", "misa", "lora"], "seed": 0})
-    assert with_series(table)["series"].tolist() == ["misa", "misa-d10", "lora"]
-    assert with_series(table.iloc[[0, 2]])["series"].tolist() == ["misa", "lora"]
-
-
-def test_best_is_marked_only_if_it_leads_by_two_standard_errors():
-    near, far = Cell(0.50, 0.03), Cell(0.70, 0.03)
-    assert [cell.best for cell in mark_best([near, far, Cell(0.1, 0.03)], higher=True)] == [False, True, False]
-    assert not any(cell.best for cell in mark_best([near, Cell(0.58, 0.03)], higher=True))
-    assert [cell.best for cell in mark_best([near, far], higher=False)] == [True, False]
-    assert not any(cell.best for cell in mark_best([Cell(1.0), Cell(9.0)], higher=True))  # errors unknown
-    assert not any(cell.best for cell in mark_best([far], higher=True))
-
-
-def test_score_tables_in_markdown_and_latex(results, tmp_path):
-    main(["collect", str(results), "--output_dir", str(tmp_path / "tables")])
-    assert main(["tables", "--tables", str(tmp_path / "tables"), "--output_dir", str(tmp_path / "out")]) == 0
-    lines = (tmp_path / "out" / "scores.md").read_text().splitlines()
-    assert lines[0] == "| method | runs | family: exact match (%) | training (s) | optimizer state (MiB) |"
-    assert lines[2] == "| base model | 1 | 10.0 ± 1.0 |  |  |"
-    assert lines[3] == "| LoRA | 2 | 41.0 ± 2.0 | 105 | 3.00 |"
-    assert lines[4] == "| MISA | 2 | **71.0** ± 2.0 | 105 | 2.00 |"
-    latex = (tmp_path / "out" / "scores.tex").read_text()
-    assert r"MISA & 2 & $\mathbf{71.0} \pm 2.0$ & $105$ & $2.00$ \\" in latex
-    assert r"family: exact match (\%)" in latex
-    assert (tmp_path / "out" / "pretraining.md").read_text() == "No scores of kind pretrain yet.\n"
-    assert "| d | LoRA | 2 | 1.50 | 0 |  |" in (tmp_path / "out" / "paired.md").read_text()
-
-
-@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
-def test_score_that_is_not_finite_diverged(lost):
-    rows = [("misa-s0", "misa", 0, lost), ("misa-s1", "misa", 1, 0.9), ("lora-s0", "lora", 0, 1.2)]
-    scores = pd.DataFrame(
-        [(*row[:3], "validation", "bits_per_byte", row[3], float("nan")) for row in rows],
-        columns=["run", "method", "seed", "task", "metric", "value", "stderr"],
-    )
-    runs = pd.DataFrame([(row[0], "pretrain", *row[1:3], "m", "d") for row in rows], columns=RUN_COLUMNS)
-    text = to_markdown(*score_table(scores, runs, "pretrain"))
-    assert text.splitlines()[2:] == ["| LoRA | 1 | 1.20 |", "| MISA | 2 | diverged |"]
-
-
 @pytest.mark.parametrize("verb", ["collect", "tables", "time"])
 def test_path_that_cannot_be_written_is_named(verb, results, tmp_path, capsys):
     (tmp_path / "file").write_text("")
@@ -314,53 +180,6 @@ def test_path_that_cannot_be_written_is_named(verb, results, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert error.startswith("python -m misa.results: error: ")
     assert str(tmp_path / "file") in error
-
-
-def test_perplexities_are_better_when_lower_and_not_percent():
-    scores = pd.DataFrame(
-        {
-            "run": ["pre-adamw-s0", "pre-misa-s0"],
-            "method": ["adamw", "misa"],
-            "seed": 0,
-            "task": "perplexity",
-            "metric": "bits_per_byte",
-            "value": [0.9, 0.5],
-            "stderr": 0.01,
-            "num_documents": 5,
-        }
-    )
-    runs = scores[["run", "method", "seed"]].assign(kind="pretrain", model="2m", data="corpus", train_s=[1.0, 2.0])
-    head, rows = score_table(scores, runs, "pretrain")
-    assert head == ["method", "runs", "perplexity: bits per byte", "training (s)"]
-    assert "| MISA | 1 | **0.500** ± 0.010 | 2.00 |" in to_markdown(head, rows)
-    assert r"\toprule" in to_latex(head, rows)
-
-
-def test_each_data_set_has_lines_and_each_machine_a_time_of_its_own():
-    rows = [(f"{task}-misa-s{s}", "misa", s, task, "acc", 0.5, 0.01, 9) for task in ("math", "choice") for s in (0, 1)]
-    rows += [
-        ("base-math", "none", 0, "math", "acc", 0.1, 0.01, 9),
-        ("base-choice", "none", 0, "choice", "acc", 0.2, 0.01, 9),
-    ]
-    scores = pd.DataFrame(
-        rows[1:], columns=["run", "method", "seed", "task", "metric", "value", "stderr", "num_documents"]
-    )
-    runs = scores[["run", "method", "seed"]].assign(
-        kind="finetune",
-        model="2m",
-        data=scores["task"],
-        machine=["gpu", "cpu", "gpu", "", ""],
-        train_s=[3.0, 5.0, 7.0, 0.0, 0.0],
-    )
-    head, lines = score_table(scores, runs[runs["method"] != "none"], "finetune")
-    assert head[:5] == ["trained on", "method", "runs", "math: acc (%)", "choice: acc (%)"]
-    assert head[5:] == ["training (s), gpu", "training (s), cpu"]
-    values = [[cell.value if isinstance(cell, Cell) else cell for cell in line] for line in lines]
-    assert values == [
-        ["", "base model", "1", 10.0, 20.0, "", ""],
-        ["choice", "MISA", "2", "", 50.0, 7.0, 5.0],
-        ["math", "MISA", "1", 50.0, "", 3.0, ""],
-    ]
 
 
 README = """# Title
@@ -432,15 +251,3 @@ def test_collected_settings_say_what_each_run_was_told(tmp_path):
     assert rows.loc["a", ["budget", "eta", "learning_rate", "eval_loss"]].tolist() == [0.03, "auto", 1e-3, 4.5]
     assert rows.loc["b", "learning_rate"] == 2e-3
     assert pd.isna(rows.loc["b", "budget"])
-
-
-@pytest.mark.parametrize("verb", ["tables", "pages", "benchmarks"])
-@pytest.mark.parametrize(
-    ("text", "message"), [("run,seed\na,0\n", "lacks the columns method"), ("a,b\n1,2\n1,2,3,4\n", "is no CSV")]
-)
-def test_wrong_tidy_table_is_named(verb, text, message, results, tmp_path, capsys):
-    main(["collect", str(results), "--output_dir", str(tmp_path)])
-    (tmp_path / "scores.csv").write_text(text)
-    capsys.readouterr()
-    assert main([verb, "--tables", str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 2
-    assert f"table {tmp_path / 'scores.csv'} {message}" in capsys.readouterr().err

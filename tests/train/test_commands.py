@@ -6,8 +6,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from misa.data import instruction
 from misa.data.corpus import BlockDataset
 from misa.models import load_model, load_tokenizer
 from misa.results import read_curves, read_result
-from misa.training.options import CommonTrainingOptions
 
 from .conftest import Killed, outcome
 
@@ -372,31 +369,3 @@ def test_malformed_record_is_named(
     path.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n" + json.dumps({"instruction": "a"}) + "\n")
     assert finetune("run", dataset_path=tmp_path) == 2
     assert f"{path}, line 2: field 'output' is missing" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", [train, pretrain])
-def test_every_training_argument_is_an_option_with_transformers_meaning(command: Any, tmp_path: Path) -> None:
-    """An option shown by --help under `training` must be one of transformers, of the same type."""
-    import dataclasses
-    import typing
-
-    from transformers import TrainingArguments
-
-    theirs = typing.get_type_hints(TrainingArguments)
-    for field in dataclasses.fields(CommonTrainingOptions):
-        assert field.name in theirs, field.name
-
-
-def test_help_is_grouped_and_loads_no_trainer() -> None:
-    code = (
-        "import sys; from misa.train import main\n"
-        "try: main(['--help'])\n"
-        "finally:\n"
-        "    heavy = ('transformers.trainer', 'accelerate', 'peft')\n"
-        "    sys.stderr.write(str([name for name in heavy if name in sys.modules]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0
-    assert done.stderr == "[]"
-    for text in ("run:", "model and data:", "method:", "training (every other option", "--budget", "--checkpoint_dir"):
-        assert text in done.stdout

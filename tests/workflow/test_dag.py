@@ -305,7 +305,7 @@ def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> No
     from misa.dynamics.command import VarianceArguments
     from misa.evaluate import EvaluateArguments
     from misa.evaluation.scoring import task_names
-    from misa.memory.command import MemoryArguments
+    from misa.memory.arguments import MemoryArguments
     from misa.methods import METHODS
     from misa.pretrain import PretrainOptions
     from misa.train import FinetuneOptions

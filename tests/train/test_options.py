@@ -1,0 +1,34 @@
+"""The options of the training commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+
+from transformers import TrainingArguments
+
+from misa.training.options import CommonTrainingOptions
+
+
+def test_every_training_argument_is_an_option_with_transformers_meaning() -> None:
+    """An option shown by --help under `training` must be one of transformers, of the same type."""
+    theirs = typing.get_type_hints(TrainingArguments)
+    for field in dataclasses.fields(CommonTrainingOptions):
+        assert field.name in theirs, field.name
+
+
+def test_help_is_grouped_and_loads_no_trainer() -> None:
+    code = (
+        "import sys; from misa.train import main\n"
+        "try: main(['--help'])\n"
+        "finally:\n"
+        "    heavy = ('transformers.trainer', 'accelerate', 'peft')\n"
+        "    sys.stderr.write(str([name for name in heavy if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == "[]"
+    for text in ("run:", "model and data:", "method:", "training (every other option", "--budget", "--checkpoint_dir"):
+        assert text in done.stdout
