@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from misa.optimizer.engine import BlockCoordinateOptimizer
@@ -26,6 +26,9 @@ class RoundRecord:
         if self._path.is_dir():
             raise ValueError(f"record is {path!r}, a folder; it must name a file")
         self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of an optimizer records nothing: rounds of two would be mixed in one file."""
 
     def append(self, optimizer: BlockCoordinateOptimizer, measured: dict[int, float]) -> None:
         """Write the round that ends now.

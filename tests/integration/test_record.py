@@ -75,3 +75,14 @@ def test_record_does_not_change_training(tmp_path):
     train(model, optimizer, 6)
     train(twin, MISA(twin, budget=0.3, interval=2), 6)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_copy_of_an_optimizer_records_nothing(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    model, optimizer = make(path)
+    train(model, optimizer, 2)
+    other, twin = copy.deepcopy((model, optimizer))
+    train(other, twin, 4, first=2)
+    assert [r["round"] for r in lines(path)] == [0]
+    train(model, optimizer, 4, first=2)
+    assert [r["round"] for r in lines(path)] == [0, 1, 2]
