@@ -160,6 +160,8 @@ class FusedAdamW:
         """What a step does with the tensors that have a gradient, and whether that is all of them."""
         with_grad = [p for p, weight in zip(self._all, self._sources, strict=True) if weight.grad is not None]
         self.make_state(with_grad)
+        for p in with_grad:
+            self._require_shape(p)
         batches: list[_Batch] = []
         rooms = {device: self._make_room(device) for device in dict.fromkeys(p.device for p in self._weights)}
         for group in self.param_groups:
@@ -186,6 +188,15 @@ class FusedAdamW:
         plan = _Plan(batches, counters, list(rooms.values()))
         plan.free_rooms()
         return plan, len(with_grad) == len(self._all)
+
+    def _require_shape(self, p: Tensor) -> None:
+        """Refuse a weight of another size than its moments: the kernel would write beyond them."""
+        weight, moment = self._weights.get(p, p), self.state[p]["exp_avg"]
+        if not weight.shape == p.shape == moment.shape:
+            raise ValueError(
+                f"a weight has the shape {tuple(weight.shape)}, and its moments {tuple(moment.shape)}: it was resized "
+                "while it was trained (by resize_token_embeddings, say); make the optimizer after that"
+            )
 
     def _make_room(self, device: torch.device) -> Tensor:
         """The workspace of a device, at most one chunk and no larger than needed."""

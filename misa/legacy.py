@@ -14,6 +14,7 @@ from torch import nn
 from misa.optimizer.engine import BlockCoordinateOptimizer
 from misa.optimizer.importance import OFFICIAL_RULE
 from misa.optimizer.settings import Settings
+from misa.parameters import NamedParameter, kind_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,13 @@ class BlockCoordinateDesentOptimizer(BlockCoordinateOptimizer):
     generator. A bias is trained with its matrix.
 
     Args:
-        base_optimizer: Tells what happens inside a round: its class, learning rate and other settings are taken over;
-            it is never stepped itself. A scheduler may act on it or on this one.
+        base_optimizer: Tells what happens inside a round: its class, learning rate and weight decay of each group, and
+            the other settings of the first are taken over; it is never stepped itself. A scheduler may act on it or on
+            this one.
         named_parameters_list: `list(model.named_parameters())`.
         interval_steps: Steps in a round; `interval` of `MISA`.
-        include_embedding_and_lm_head: Train embeddings and head all the time, on top of the limit.
+        include_embedding_and_lm_head: Train embeddings and head all the time, on top of the limit; also beside LoRA,
+            where the head of a classifier is always trained.
         activated_layers: Blocks on at once, with layers as blocks or a cyclic order.
         misa_eta: `eta` of `MISA`.
         update_order: `"misa"`, `"random"`, `"ascending"` or `"descending"`.
@@ -46,7 +49,8 @@ class BlockCoordinateDesentOptimizer(BlockCoordinateOptimizer):
         seed: Of the draws. Default 0.
 
     Raises:
-        ValueError: for an unknown order or granularity, or a limit that no block fits.
+        ValueError: for an unknown order or granularity, a limit that no block fits, or a base without a learning rate
+            or that needs a closure.
     """
 
     def __init__(
@@ -74,8 +78,10 @@ class BlockCoordinateDesentOptimizer(BlockCoordinateOptimizer):
             if value not in allowed:
                 raise ValueError(f"{field}={value!r}: must be one of {', '.join(allowed)}")
         named = list(named_parameters_list)
+        always_on = ("embeddings", "head") if include_embedding_and_lm_head else ()
         if adapters := [(n, p) for n, p in named if "lora" in n]:
-            named, granularity = adapters, "module"
+            whole = _trained_whole(named, always_on)
+            named, granularity, always_on = adapters + whole, "module", ("embeddings", "head") if whole else ()
         elif mix_lora:
             raise ValueError("mix_lora=True: no parameter has 'lora' in its name")
         weighted = update_order in ("misa", "random")
@@ -83,7 +89,8 @@ class BlockCoordinateDesentOptimizer(BlockCoordinateOptimizer):
         inner, inner_kwargs = _inner(base_optimizer)
         settings = Settings(
             granularity=GRANULARITIES[granularity],
-            always_on=("embeddings", "head") if include_embedding_and_lm_head else (),
+            include=("*lora*",) if adapters else None,
+            always_on=always_on,
             order=ORDERS[update_order],
             budget=param_ratio_limit if by_budget else None,
             num_blocks=None if by_budget else activated_layers,
@@ -98,23 +105,73 @@ class BlockCoordinateDesentOptimizer(BlockCoordinateOptimizer):
         )
         group = base_optimizer.param_groups[0]
         adam = {k: group[k] for k in ("betas", "eps") if inner is None}
-        decay = group.get("weight_decay", 0.0)
-        super().__init__(named, settings, lr=group["lr"], weight_decay=decay, **adam)
-        self.register_step_pre_hook(_RateOf(group))
+        groups, bases = _groups(named, base_optimizer)
+        super().__init__(groups, settings, **adam)
+        rates = _Rates(bases)
+        self.register_step_pre_hook(rates)
+        self.register_state_dict_post_hook(rates.save)
+        self.register_load_state_dict_pre_hook(rates.load)
 
 
-class _RateOf:
-    """Before a step, hands on a learning rate that a scheduler gave `base_optimizer`."""
+class _Rates:
+    """Before a step, hands on learning rates that a scheduler gave the groups of `base_optimizer`.
 
-    def __init__(self, group: dict[str, Any]) -> None:
-        self._group = group
-        self._last = group["lr"]
+    They are saved, too: a scheduler steps from the rate that its optimizer has, and may be a step ahead of this one.
+    """
+
+    def __init__(self, bases: list[dict[str, Any]]) -> None:
+        self._bases = bases
+        self._last = [base["lr"] for base in bases]
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._group["lr"] != self._last:
-            self._last = self._group["lr"]
-            for group in optimizer.param_groups:
-                group["lr"] = self._last
+        for i, (base, group) in enumerate(zip(self._bases, optimizer.param_groups, strict=False)):
+            if base["lr"] != self._last[i]:
+                self._last[i] = group["lr"] = base["lr"]
+
+    def save(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["base_lrs"] = [float(base["lr"]) for base in self._bases]
+        state_dict["last_lrs"] = [float(lr) for lr in self._last]
+
+    def load(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        for base, lr in zip(self._bases, state_dict.get("base_lrs", ()), strict=False):
+            base["lr"] = lr
+        self._last = list(state_dict.get("last_lrs", self._last))
+
+
+def _trained_whole(named: list[NamedParameter], kinds: tuple[str, ...]) -> list[NamedParameter]:
+    """Parameters beside LoRA's that train: of these kinds, which become trainable, and heads that are."""
+    found = []
+    for name, p in named:
+        # PEFT keeps what a module was beside the copy of it that is trained.
+        if "lora" in name or ".original_module." in name:
+            continue
+        kind = kind_by_name(name, p)
+        if kind in kinds:
+            p.requires_grad_(True)
+        if kind in kinds or (kind == "head" and p.requires_grad):
+            found.append((name, p))
+    return found
+
+
+def _groups(
+    named: list[NamedParameter], base: torch.optim.Optimizer
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Parameter groups with the learning rate and decay that the base gives each, and its group for each of these.
+
+    What is in no group of the base counts to its first; groups with the same settings become one.
+    """
+    if isinstance(base, torch.optim.LBFGS) or base.param_groups[0].get("lr") is None:
+        why = "needs a closure" if isinstance(base, torch.optim.LBFGS) else "has no learning rate (lr=None)"
+        raise ValueError(f"base_optimizer: {type(base).__name__} {why}, and cannot be the rule inside a round")
+    group_of = {p: group for group in base.param_groups for p in group["params"]}
+    found: dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
+    for name, p in named:
+        of_base = group_of.get(p, base.param_groups[0])
+        own = {"lr": of_base["lr"], "weight_decay": of_base.get("weight_decay", 0.0)}
+        # A scheduler may have set all rates to 0 for now.
+        kind = (float(own["lr"]), own["weight_decay"], of_base.get("initial_lr"))
+        found.setdefault(kind, ({"params": [], **own}, of_base))[0]["params"].append((name, p))
+    return [group for group, _ in found.values()], [of_base for _, of_base in found.values()]
 
 
 def _inner(base: torch.optim.Optimizer) -> tuple[type[torch.optim.Optimizer] | None, dict[str, Any]]:

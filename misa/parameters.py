@@ -5,17 +5,22 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import itertools
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from misa.distributed.sharded import local_part
 from misa.gradients import Number, gradient_norm
 from misa.inner import cut_residual, follow_weight, make_master, stamp
 
 NamedParameter = tuple[str, nn.Parameter]
+
+# What heads are called in transformers beside `lm_head`.
+HEADS = frozenset(["score", "classifier", "classification_head", "pre_classifier", "qa_outputs"])
 
 
 def owner(name: str) -> str:
@@ -53,39 +58,88 @@ def trainable(named: Iterable[NamedParameter]) -> list[NamedParameter]:
 
 def is_frozen_by_us(p: nn.Parameter) -> bool:
     """Whether an optimizer of this package, and not the caller, switched the parameter off."""
-    return bool(getattr(p, "_misa_frozen", 0))
+    number = getattr(p, "_misa_frozen", 0)
+    return number != 0 and (number not in _living or not _living[number].is_overruled)
 
 
 class Freezing:
     """Switches the parameters of an optimizer off, one by one off and on, and on again when the optimizer is forgotten.
 
     Otherwise whoever freezes parts of the model later, as PEFT does, would freeze what is off already, and the mark
-    would still say that it was for us to switch on.
+    would still say that it was for us to switch on. If that happens while the optimizer lives, the parameters that it
+    had on tell: what they say goes for all.
 
     Args:
         optimizer: Not kept alive.
         params: What is switched off now, and on again at the end; may grow.
+        model: What they belong to: before each of its forward passes, what something else has switched on meanwhile (as
+            PEFT does where adapters were disabled) is switched off again. Default: nothing is watched.
     """
 
     _numbers = itertools.count(1)
 
-    def __init__(self, optimizer: object, params: list[nn.Parameter]) -> None:
+    def __init__(self, optimizer: object, params: list[nn.Parameter], model: nn.Module | None = None) -> None:
         self._number = next(self._numbers)
+        self._params = params
+        self._on: set[nn.Parameter] = set()
         for p in params:
             self.set_trainable(p, False)
-        weakref.finalize(optimizer, self._thaw, params, self._number).atexit = False
+        self._handle = None if model is None else model.register_forward_pre_hook(_Strays(self))
+        _living[self._number] = self
+        weakref.finalize(optimizer, self.thaw).atexit = False
+
+    @property
+    def is_overruled(self) -> bool:
+        """Whether something else has switched off what this one had on."""
+        return not all(p.requires_grad for p in self._on)
 
     def set_trainable(self, p: nn.Parameter, on: bool) -> None:
         """Switch a parameter on or off, leaving the mark `is_frozen_by_us` reads."""
         p.requires_grad_(on)
         p._misa_frozen = 0 if on else self._number  # type: ignore[attr-defined]
+        (self._on.add if on else self._on.discard)(p)
 
-    @staticmethod
-    def _thaw(params: list[nn.Parameter], number: int) -> None:
-        for p in params:
-            if getattr(p, "_misa_frozen", 0) == number:
-                p.requires_grad_(True)
+    def switch_off_strays(self) -> None:
+        """Switch off again what something else has switched on, and drop its gradient."""
+        for p in self._params:
+            if p.requires_grad and getattr(p, "_misa_frozen", 0) == self._number:
+                p.requires_grad_(False)
+                p.grad = None
+
+    def thaw(self) -> None:
+        """Switch on what is off, unless another optimizer has it now or something else has frozen the model since."""
+        overruled = self.is_overruled
+        for p in self._params:
+            if getattr(p, "_misa_frozen", 0) == self._number:
                 p._misa_frozen = 0  # type: ignore[attr-defined]
+                if not overruled:
+                    p.requires_grad_(True)
+        self._on.clear()
+        if self._handle is not None:
+            self._handle.remove()
+        _living.pop(self._number, None)
+
+
+_living: dict[int, Freezing] = {}
+
+
+class _Strays:
+    """The hook of a `Freezing`; that of a copied model, or of one saved with its hooks, takes itself away."""
+
+    def __init__(self, freezing: Freezing | None) -> None:
+        self._freezing = None if freezing is None else weakref.ref(freezing)
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._freezing is not None and (freezing := self._freezing()) is not None:
+            freezing.switch_off_strays()
+            return
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
+            del module._forward_pre_hooks[key]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Strays, (None,)
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
@@ -105,12 +159,31 @@ def kinds(model: nn.Module) -> dict[str, str]:
 
 def kind_by_name(name: str, p: nn.Parameter) -> str:
     """Kind of a parameter when only its name is known (or its module says nothing)."""
-    last = owner(name).rpartition(".")[2].lower()
+    # PEFT keeps a module that is trained as a whole under the wrapper that stands in its place.
+    path = owner(name).partition(".modules_to_save.")[0].lower()
+    last = path.rpartition(".")[2]
     if "emb" in last or last in ("wte", "wpe"):
         return "embeddings"
-    if "head" in last or last == "embed_out":
+    if "head" in last or last == "embed_out" or not HEADS.isdisjoint(path.split(".")):
         return "head"
     return "norms" if p.ndim == 1 and ("norm" in last or last.startswith("ln")) else "other"
+
+
+def warn_unmatched(always_on: Sequence[str], rest: Mapping[str, Sequence[NamedParameter]]) -> None:
+    """Say which kinds are to be always on and match nothing, while there are parameters that will never train.
+
+    Args:
+        always_on: The kinds asked for.
+        rest: Parameters in no block, by kind.
+    """
+    missing = [kind for kind in always_on if not rest[kind] and (kind, bool(rest["embeddings"])) != ("head", True)]
+    left = [name for name, _ in rest["other"] if "other" not in always_on]
+    if missing and left:
+        warnings.warn(
+            f"always_on: no parameter is of the kind {', '.join(missing)}, and {len(left)} are never trained "
+            f"({', '.join(left[:3])}{', ...' if len(left) > 3 else ''}); the kind 'other' has them",
+            stacklevel=6,
+        )
 
 
 class Patterns:
@@ -152,7 +225,7 @@ class Entry:
     """One parameter that can be on, and all the optimizer knows of it."""
 
     __slots__ = (
-        *("__weakref__", "block", "grad_version", "group", "local", "master", "name", "norm", "param", "residual"),
+        *("__weakref__", "block", "grad_stamp", "group", "local", "master", "name", "norm", "param", "residual"),
         *("saved", "stamp"),
     )
 
@@ -167,7 +240,7 @@ class Entry:
         self.saved: dict[str, Any] | None = None  # inner state while no inner optimizer holds it
         self.stamp = (-1, -1)  # of the weight when the master was last written to it
         self.norm: Number | None = None  # of the gradient, measured during the backward pass
-        self.grad_version = -1  # of the gradient, when it was measured
+        self.grad_stamp = (-1, -1)  # of the gradient, when it was measured
 
     @property
     def target(self) -> Tensor:
@@ -182,12 +255,13 @@ class Entry:
     def measure_in_backward(self) -> None:
         """Keep the norm that the gradient has now, before clipping."""
         assert self.param.grad is not None
-        self.norm, self.grad_version = self.measure(), self.param.grad._version
+        self.norm, self.grad_stamp = self.measure(), stamp(local_part(self.param.grad))
 
     @property
     def has_changed_gradient(self) -> bool:
-        """Whether something was written to the gradient since it was measured in the backward pass."""
-        return self.norm is not None and self.param.grad is not None and self.param.grad._version != self.grad_version
+        """Whether the gradient was written to, or is another one, since it was measured in the backward pass."""
+        grad = self.param.grad
+        return self.norm is not None and grad is not None and stamp(local_part(grad)) != self.grad_stamp
 
     def find_local(self, part: Callable[[Tensor], Tensor]) -> None:
         """Look where the part of the weight that this process updates lies; it may have moved while it was off."""

@@ -30,11 +30,15 @@ def active_wrapper() -> DistributedDataParallel | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a `DistributedDataParallel`, whose reducer is put to rest; any other model as it is."""
-    while isinstance(model, DistributedDataParallel):
-        rest(model)
-        model = model.module
-    return model
+    """The model inside `DistributedDataParallel`, whose reducer is put to rest, and inside a compiled module."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            rest(model)
+            model = model.module
+        elif isinstance(inside := model._modules.get("_orig_mod"), nn.Module):
+            model = inside
+        else:
+            return model
 
 
 def rest(wrapper: DistributedDataParallel) -> bool:

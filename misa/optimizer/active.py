@@ -200,7 +200,7 @@ class ActiveSet:
             e.stamp = stamp(e.local)
             if e.local is not e.param:
                 e.local.grad = None
-        if len(self._state) < len(self.entries):
+        if not all(map(self._state.get, (e.param for e in entries))):
             self._show_state(inner, entries)
 
     def _show_state(self, inner: Any, entries: list[Entry]) -> None:

@@ -25,7 +25,7 @@ from misa.optimizer.active import ActiveSet
 from misa.optimizer.blocks import Block, least_budget, partition, rest
 from misa.optimizer.sampling import BlockSampler
 from misa.optimizer.settings import Settings
-from misa.parameters import Entry, Freezing, NamedParameter, named_parameters, trainable
+from misa.parameters import Entry, Freezing, NamedParameter, named_parameters, trainable, warn_unmatched
 
 
 class BlockCoordinateOptimizer(torch.optim.Optimizer):
@@ -70,11 +70,16 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         model = unwrapped(params) if isinstance(params, nn.Module) else None
         groups: list[Any] = [] if isinstance(params, nn.Module) else list(params)
         groups = [{**g, "params": list(g["params"])} if isinstance(g, dict) else g for g in groups]
-        source = model or [pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])]
+        source = (
+            model
+            if model is not None
+            else [pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])]
+        )
         if model is not None:
             refuse_unsupported(model)
         self.blocks: tuple[Block, ...] = partition(source, settings.granularity, settings.include, settings.exclude)
         others = rest(source, self.blocks)
+        warn_unmatched(settings.always_on, others)
         always = [pair for kind in settings.always_on for pair in others[kind]]
         trained = [pair for b in self.blocks for pair in b.params] + always
         if model is not None:
@@ -105,7 +110,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._num_good = 0  # steps taken in finished rounds
         self._gathered: dict[str, Any] | None = None  # state of all processes, until the next step
         self._probe = Probe(self._workers)
-        self._freezing = Freezing(self, self._owned)
+        self._freezing = Freezing(self, self._owned, model)
         self._on = self._active_set()
         self._draw()
         self._model = None if model is None else weakref.ref(model)
@@ -259,12 +264,13 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._stop_probe()
         self._on.detach()
         self._num_good += self._on.norms.read()[1]
+        if not self._freezing.is_overruled:  # then gradients are another optimizer's
+            self.zero_grad()
         self._on = self._active_set()
         for e in self._entries.values():
             e.drop_state(keep_residual=False)
-            e.residual = e.param.grad = None
-        for p in self._owned:
-            self._freezing.set_trainable(p, True)
+            e.residual = None
+        self._freezing.thaw()
         if self._model is not None and self._first_forward is not None and (model := self._model()) is not None:
             self._first_forward.undo(model)
         self._workers.close()

@@ -74,10 +74,7 @@ def corrected(score: float, count: float, rule: ScoreRule) -> float:
 
 
 def read(values: Array, counts: Array, rule: ScoreRule) -> Array:
-    """Scores as the exponent uses them, of those `corrected`.
-
-    A block that was never measured counts as an average one under exact correction, and as zero otherwise.
-    """
+    """Scores for the exponent, of those `corrected`; a block never measured is average if these are exact, else 0."""
     num_measured = np.count_nonzero(counts) if rule.correction == "exact" else 0
     return np.where(counts, values, values.sum() / num_measured) if 0 < num_measured < counts.size else values
 

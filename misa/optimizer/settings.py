@@ -28,8 +28,7 @@ class Settings:
         exclude: Patterns of what is in no block.
         always_on: Parameters outside the blocks that are trained all the time, on top of the budget: any of
             `"embeddings"`, `"head"`, `"norms"`, `"other"`. Default: none, they are frozen.
-        always_on_lr: Learning rate of what is always on, if not that of the blocks. Embeddings and head are trained
-            well at rates that are too large for matrices. Needs a model; parameter groups have rates of their own.
+        always_on_lr: Learning rate of what is always on, if not that of the blocks. Needs a model.
         order: How blocks are drawn, one of `misa.optimizer.sampling.ORDERS`.
         budget: Largest share of all parameters (those the caller has frozen apart) that the drawn blocks may hold, the
             paper's delta, in (0, 1].
@@ -59,7 +58,7 @@ class Settings:
         inner: Class or factory of the inner optimizer, called with parameter groups and `inner_kwargs`; None is AdamW.
         inner_kwargs: Further arguments of `inner`: all but `lr` and `weight_decay`, which it has from its groups.
         seed: Seed of the sampler's and the rounding's own generators.
-        record: Path of a JSONL file that gets a line for every round, or None.
+        record: Path of a JSONL file that gets a line for every finished round, or None.
     """
 
     granularity: str = "matrix"

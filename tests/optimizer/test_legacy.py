@@ -1,12 +1,15 @@
 """Scripts written for the authors' class."""
 
+import copy
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import llama, moved, same, train, weights
+from peft import LoraConfig, get_peft_model
+from tiny import batch, llama, moved, same, train, weights
 from torch.optim import AdamW
+from transformers import Adafactor, BertConfig, BertForSequenceClassification
 
 from misa.optimizer import LISA, MISA, BAdam, BlockCoordinateDesentOptimizer
 
@@ -149,3 +152,71 @@ def test_lora_matrices_become_the_blocks(mix_lora):
 def test_argument_out_of_range_raises_naming_it(arguments, message):
     with pytest.raises(ValueError, match=message):
         legacy(llama(2), **arguments)
+
+
+def test_resumed_run_has_the_rates_of_a_scheduler_on_the_base():
+    def make():
+        model = llama()
+        base = AdamW(model.parameters(), lr=1e-2)
+        optimizer = legacy(model, base, interval_steps=3, param_ratio_limit=0.3)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(base, step_size=1, gamma=0.5)
+
+    def go_on(model, optimizer, scheduler, first, last):
+        rates = []
+        for i in range(first, last):
+            train(model, optimizer, 1, first=i)
+            rates.append(optimizer.param_groups[0]["lr"])
+            scheduler.step()
+        return rates
+
+    parts, again = make(), make()
+    go_on(*parts, 0, 4)
+    for part, saved in zip(again, copy.deepcopy([part.state_dict() for part in parts]), strict=True):
+        part.load_state_dict(saved)
+    assert go_on(*parts, 4, 8) == go_on(*again, 4, 8) == [1e-2 * 0.5**i for i in range(4, 8)]
+    assert same(parts[0], again[0])
+
+
+def test_groups_of_the_base_keep_their_rates_and_decays():
+    model = llama()
+    norms = [p for n, p in model.named_parameters() if "norm" in n]
+    others = [p for n, p in model.named_parameters() if "norm" not in n]
+    base = AdamW([{"params": norms, "lr": 1e-5, "weight_decay": 0.0}, {"params": others, "lr": 1e-3}], weight_decay=0.1)
+    optimizer = legacy(model, base, granularity="layer", update_order="ascending")
+    found = {(g["lr"], g["weight_decay"]): set(g["params"]) for g in optimizer.param_groups}
+    assert found == {(1e-5, 0.0): set(norms), (1e-3, 0.1): set(others)}
+    base.param_groups[1]["lr"] = 5e-4
+    train(model, optimizer, 1)
+    assert sorted(g["lr"] for g in optimizer.param_groups) == [1e-5, 5e-4]
+
+
+def test_with_lora_the_classifier_and_asked_for_embeddings_train_too():
+    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    lora = LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS", init_lora_weights=False)
+    model = get_peft_model(BertForSequenceClassification(config), lora)
+    optimizer, before = legacy(model, interval_steps=2, param_ratio_limit=0.5), weights(model)
+    for i in range(4):
+        model(input_ids=batch(i)["input_ids"], labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    classifier = "base_model.model.classifier.modules_to_save.default"
+    assert {n for n in moved(before, model) if "lora" not in n} == {f"{classifier}.weight", f"{classifier}.bias"}
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    optimizer = legacy(model, interval_steps=2, param_ratio_limit=0.5, include_embedding_and_lm_head=True)
+    before = weights(model)
+    train(model, optimizer, 4)
+    outside = {n.removeprefix("base_model.model.") for n in moved(before, model) if "lora" not in n}
+    assert outside == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: Adafactor(p, relative_step=True), "Adafactor has no learning rate"),
+        (lambda p: torch.optim.LBFGS(p), "LBFGS needs a closure"),
+    ],
+)
+def test_base_that_cannot_be_the_rule_of_a_round_is_refused(make, message):
+    model = llama()
+    with pytest.raises(ValueError, match=message):
+        legacy(model, make(model.parameters()))
