@@ -52,9 +52,11 @@ class Layer(nn.Module):
         self.down_proj = nn.Linear(3 * hidden, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Each matrix once, with residual connections."""
-        x = x + self.o_proj(torch.tanh(self.q_proj(x) * self.k_proj(x)) + self.v_proj(x))
-        return x + self.down_proj(torch.tanh(self.gate_proj(x)) * self.up_proj(x))
+        """Each matrix once, with norms and residual connections."""
+        y = nn.functional.rms_norm(x, x.shape[-1:])
+        x = x + self.o_proj(torch.tanh(self.q_proj(y) * self.k_proj(y)) + self.v_proj(y))
+        y = nn.functional.rms_norm(x, x.shape[-1:])
+        return x + self.down_proj(torch.tanh(self.gate_proj(y)) * self.up_proj(y))
 
 
 def make_model(num_layers: int, hidden: int) -> nn.Module:
@@ -250,6 +252,8 @@ def measure_switch(num_layers: int, hidden: int, num_turns: int) -> dict:
         for _ in range(num_turns):
             rounds["MISA"].append(around_switch(several_steps(model, misa, 2 * interval)))
             rounds["badam"].append(around_switch(several_steps(other, badam, 2 * interval)))
+    if misa.num_skipped_steps:
+        raise RuntimeError(f"{misa.num_skipped_steps} steps found a gradient that is not finite, and did nothing")
     step = {name: statistics.median(a for a, _ in values) for name, values in rounds.items()}
     switch = {name: statistics.median(b for _, b in values) for name, values in rounds.items()}
     return {

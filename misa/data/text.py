@@ -122,7 +122,10 @@ class Documents:
             texts = [text for text in texts if is_held_out(text, self.share) == self.held_out]
         if not texts:
             part = "held out" if self.held_out else "left to train on"
-            raise ValueError(f"no document of {len(self.files)} files is {part} at validation_share {self.share}")
+            raise ValueError(
+                f"no document of {len(self.files)} files is {part} at validation_share {self.share}; give another "
+                "share, or a file of validation text"
+            )
         return texts
 
 

@@ -51,7 +51,8 @@ class Score:
 
 def task_names() -> list[str]:
     """Return the names of all tasks: ours in alphabetic order, then those of the harness."""
-    ours = [*SPLITS, *(f"{PREFIX}{name}" for name in BENCHMARKS)]
+    # A name with an underscore before it is a part that others include.
+    ours = {path.stem for path in TASK_FOLDER.glob("[!_]*.yaml")} - {f"{PREFIX}{family}" for family in FAMILIES}
     return [*sorted(ours), *STANDARD_TASKS]
 
 

@@ -55,7 +55,7 @@ class MemoryArguments:
         default=False,
         metadata={
             "help": "Recompute layers in the backward pass, from the lowest that trains upwards.",
-            "aliases": ["--checkpointing"],
+            "aliases": ["--checkpointing", "--activation_checkpointing"],
         },
     )
     checkpoint_layers: int | None = field(

@@ -47,11 +47,16 @@ BENCHMARKS = {
 }
 
 
+def benchmark(dataset: str) -> Benchmark:
+    """What is known of a test set; one that no benchmark of the paper is lies in a folder of its own name."""
+    return BENCHMARKS.get(dataset) or Benchmark("", dataset, 0)
+
+
 def load(dataset: str, data_dir: str | None = None, **_: Any) -> dict[str, Any]:
     """Read a test set.
 
     Args:
-        dataset: A key of `BENCHMARKS`.
+        dataset: A key of `BENCHMARKS`, or the name of another set in a local folder.
         data_dir: Local folder, see `find_test`; None takes the hub's copy.
 
     Returns:
@@ -101,27 +106,24 @@ def find_test(dataset: str, data_dir: str | Path) -> Path:
     """Find the file of a test set.
 
     Args:
-        dataset: A key of `BENCHMARKS`.
+        dataset: A key of `BENCHMARKS`, or the name of another set.
         data_dir: A folder laid out as in LLM-Adapters (`ARC-Easy/test.json`, perhaps below `dataset/`), or with one
             file for each set (`arc_easy_test.json`, perhaps below `commonsense/`). `.jsonl` is read, too.
 
     Raises:
         ValueError: If there is none; the message says where it was looked for and where it comes from.
     """
-    benchmark = BENCHMARKS[dataset]
-    places = [
-        f"{benchmark.folder}/test",
-        f"dataset/{benchmark.folder}/test",
-        f"{benchmark.family}/{dataset}_test",
-        f"{dataset}_test",
-    ]
+    known = benchmark(dataset)
+    places = [f"{known.folder}/test", f"dataset/{known.folder}/test"]
+    places += [f"{known.family}/{dataset}_test"] if known.family else []
+    places.append(f"{dataset}_test")
     for place in places:
         for suffix in (".json", ".jsonl"):
             if (path := Path(data_dir) / f"{place}{suffix}").is_file():
                 return path
     raise ValueError(
         f"data_dir {data_dir} has no test set of {dataset}: looked for {', '.join(f'{place}.json' for place in places)}"
-        f" (or .jsonl); it comes from {ORIGIN}/{benchmark.folder}"
+        f" (or .jsonl){f'; it comes from {ORIGIN}/{known.folder}' if known.family else ''}"
     )
 
 

@@ -49,8 +49,8 @@ def fetch_test(dataset: str) -> list[dict[str, str]]:
     from misa.tasks.benchmarks import BENCHMARKS, ORIGIN
 
     if dataset not in SOURCES:
-        folder = BENCHMARKS[dataset].folder
-        raise ValueError(f"{dataset} is on no hub; put it into a folder and name that as data_dir: {ORIGIN}/{folder}")
+        origin = f": {ORIGIN}/{BENCHMARKS[dataset].folder}" if dataset in BENCHMARKS else ""
+        raise ValueError(f"{dataset} is on no hub; put it into a folder and name that as data_dir{origin}")
     source = SOURCES[dataset]
     import datasets
 

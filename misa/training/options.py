@@ -106,7 +106,7 @@ class MethodOptions:
     )
     inner: str | None = _option(None, "what happens to the active blocks: adamw or sgd")
     record: str | None = _option(
-        None, "JSONL file that gets a line for every round: blocks, probabilities, scores, norms, bytes"
+        None, "JSONL file that gets a line for every finished round: blocks, probabilities, scores, norms, bytes"
     )
     lora_r: int | None = _option(None, "rank of the adapters")
     lora_alpha: float | None = _option(None, "scale of the adapters")

@@ -201,6 +201,10 @@ def _blocks(line: Line, over_adapters: bool = False) -> None:
     """Their block-coordinate descent: which of our methods, and with what."""
     if "method" in line.own:
         raise ValueError(f"--method {line.own['method']} and the published choice of blocks contradict each other")
+    if "order" in line.own:
+        raise ValueError(
+            f"--order {line.own['order']} goes with --method; with --use_bcd True it is --bcd_update_order"
+        )
     order, blocks = line.value("bcd_update_order"), line.value("granularity")
     orders = {"misa": None, "random": "uniform", "ascending": "ascending", "descending": "descending"}
     if order not in orders:

@@ -85,6 +85,26 @@ def test_command_of_the_authors_scores_a_whole_family(arguments, tmp_path, famil
     assert all(len(digest) == 64 for digest in result.config["prompt_hashes"].values())
 
 
+def test_task_of_a_new_file_reads_the_folder_of_its_name(arguments, tmp_path, monkeypatch, capsys) -> None:
+    """As `docs/extend.md` says; in a copy of the folder of tasks."""
+    from misa.evaluation import scoring
+
+    tasks = shutil.copytree(scoring.TASK_FOLDER, tmp_path / "tasks")
+    text = "include: _commonsense.yaml\ntask: misa_newset\nmetadata:\n  version: 1.0\n  dataset: newset\n"
+    (tasks / "misa_newset.yaml").write_text(text)
+    monkeypatch.setattr(scoring, "TASK_FOLDER", tasks)
+    assert evaluate.main(arguments(tasks="misa_newset", data_dir=tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert "has no test set of newset: looked for newset/test.json" in error
+    assert "LLM-Adapters" not in error
+    (tmp_path / "newset").mkdir()
+    records = [{"instruction": "Which one?", "answer": "answer2"}] * 2
+    (tmp_path / "newset" / "test.json").write_text(json.dumps(records))
+    assert evaluate.main(arguments(tasks="misa_newset", data_dir=tmp_path)) == 0
+    assert read_result(tmp_path / "out").metrics["misa_newset/num_documents"] == 2
+    assert "misa_newset" not in scoring.group_tasks("commonsense", "paper")
+
+
 def test_half_of_a_family_has_no_average(arguments, tmp_path) -> None:
     assert evaluate.main(arguments(tasks="misa_boolq,misa_piqa", limit=1)) == 0
     assert not any(name.startswith("misa_commonsense") for name in read_result(tmp_path / "out").metrics)

@@ -9,6 +9,7 @@ import typing
 
 from transformers import TrainingArguments
 
+from misa.methods import METHODS
 from misa.training.options import CommonTrainingOptions
 
 
@@ -30,5 +31,7 @@ def test_help_is_grouped_and_loads_no_trainer() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0
     assert done.stderr == "[]"
+    shown = "".join(done.stdout.split())
+    assert [name for name in METHODS if name not in shown] == []
     for text in ("run:", "model and data:", "method:", "training (every other option", "--budget", "--checkpoint_dir"):
         assert text in done.stdout

@@ -291,6 +291,7 @@ def test_pretraining_flags_mean_what_they_meant(line: str, expected: dict[str, s
     [
         (translate_train, "--use_lora True --use_galore True", "--use_lora True and --use_galore True contradict"),
         (translate_train, "--use_bcd True --use_dora True", "--use_bcd True and --use_dora True contradict"),
+        (translate_train, "--use_bcd True --order random", "--order random goes with --method; with --use_bcd True"),
         (translate_train, "--use_bcd True --method lora", "--use_bcd True and --method lora contradict"),
         (translate_train, "--bcd_update_order misa", "--bcd_update_order needs --use_bcd True"),
         (translate_train, "--mix_lora True", "--mix_lora True needs --use_bcd True"),
