@@ -18,7 +18,7 @@ _AXES = {"step": ("steps", 1), "tokens": ("tokens (1000)", 1000), "time_s": ("tr
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Draw the loss of every method: mean over seeds, band from the lowest to the highest seed.
+    """Draw the loss of every method: mean over the seeds that all have, band from the lowest to the highest of them.
 
     Seeds of one method see the same steps; tokens and time of a point are their means. Times are those of runs on one
     machine, the one with most methods. The axis of losses spans the second half of the runs, where methods differ; what
@@ -38,7 +38,7 @@ def plot(table: pd.DataFrame) -> Figure:
     s.require(table, COLUMNS)
     import numpy as np
 
-    from misa.results.tables import series_label, with_series
+    from misa.results.tables import of_shared_seeds, series_label, with_series
 
     losses = table[table["metric"].isin(list(_METRICS))]
     if losses.empty:
@@ -51,7 +51,7 @@ def plot(table: pd.DataFrame) -> Figure:
         handles: dict[tuple[int, str], Any] = {}
         for row, (title, of_kind) in zip(axes, panels.items(), strict=True):
             metric = next(name for name in _METRICS if (of_kind["metric"] == name).any())
-            of_kind = with_series(of_kind[of_kind["metric"] == metric])
+            of_kind = of_shared_seeds(with_series(of_kind[of_kind["metric"] == metric]))
             late = of_kind[of_kind["step"] >= of_kind["step"].max() / 2]["value"]
             late = late[np.isfinite(late)]
             machine = of_kind.groupby("machine", sort=False)["series"].nunique().idxmax()

@@ -14,10 +14,11 @@ COLUMNS = ("run", "method", "seed", "task", "metric", "value", "stderr")
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Draw the mean score over seeds of every method with two standard errors, one panel for each task.
+    """Draw the mean score of every method with two standard errors, one panel for each task.
 
-    A panel shows the task's most telling metric (see `misa.results.tables.SHOWN_METRICS`). How the
-    standard error is taken over several seeds, `misa.results.tables.summarise` says.
+    The mean is over the seeds that all methods in the panel have. A panel shows the task's most telling metric (see
+    `misa.results.tables.SHOWN_METRICS`). How the standard error is taken over several seeds,
+    `misa.results.tables.summarise` says.
 
     Args:
         table: Tidy table `scores.csv`.
@@ -29,9 +30,12 @@ def plot(table: pd.DataFrame) -> Figure:
         ValueError: If columns are missing or there are no rows.
     """
     s.require(table, COLUMNS)
-    from misa.results.tables import is_share, series_label, shown, summarise
+    import pandas as pd
 
-    summary = summarise(shown(table, 1))
+    from misa.results.tables import is_share, of_shared_seeds, series_label, shown, summarise, with_series
+
+    named = with_series(shown(table, 1))
+    summary = pd.concat([summarise(of_shared_seeds(rows)) for _, rows in named.groupby("task", sort=False)])
     panels = [(key, rows.set_index("series")) for key, rows in summary.groupby(["task", "metric"], sort=False)]
     # More than two would make a column longer than a page.
     num_columns = 1 if len(panels) < 3 else 2

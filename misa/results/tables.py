@@ -61,6 +61,18 @@ def with_series(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(series=series)
 
 
+def of_shared_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the seeds that all series have, if there are any, so that their means are over the same data.
+
+    Args:
+        table: Has the columns series (see `with_series`), seed and method; the base model stays in any case.
+    """
+    is_base = table["method"] == BASE_METHOD
+    seeds = [set(own["seed"]) for _, own in table[~is_base].groupby("series")]
+    shared = set.intersection(*seeds) if seeds else set()
+    return table[is_base | table["seed"].isin(shared)] if shared else table
+
+
 def series_label(series: str, method: str) -> str:
     """What a series is called in tables and figures: the method's label, or its own name if it is no whole method."""
     from misa.figures.style import METHODS, look

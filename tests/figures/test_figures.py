@@ -263,3 +263,15 @@ def test_times_of_another_machine_are_left_out():
     for axes, expected in zip(both, alone, strict=True):
         for line, other in zip(axes.lines, expected.lines, strict=True):
             assert line.get_xdata().tolist() == other.get_xdata().tolist()
+
+
+def test_means_are_over_the_seeds_that_all_methods_have():
+    table = convergence()
+    table = table[table["kind"] == "finetune"]
+    alone = plot("convergence", table).axes
+    more = table[table["method"] == "misa"].assign(seed=7, run="other", value=lambda t: 9 * t["value"])
+    both = plot("convergence", pd.concat([table, more])).axes
+    for axes, expected in zip(both, alone, strict=True):
+        assert [line.get_ydata().tolist() for line in axes.lines] == [
+            line.get_ydata().tolist() for line in expected.lines
+        ]
