@@ -103,7 +103,9 @@ def train(
                 loss = sum(float(model(**each).loss) for each in held_out) / len(held_out)
             rows.append((step, step * batch["input_ids"].numel(), seconds, "eval_loss", loss))
     table = pd.DataFrame(rows, columns=["step", "tokens", "time_s", "metric", "value"])
-    return table.assign(kind="pretrain", data="documentation", run=f"tour-{method}", method=method, seed=0)
+    return table.assign(
+        kind="pretrain", data="documentation", machine="this one", run=f"tour-{method}", method=method, seed=0
+    )
 
 
 def block_table(optimizer: Any) -> pd.DataFrame:

@@ -50,7 +50,8 @@ def mean_sq_norm(
     in_blocks = sum(block.numel for block in partition(problem.model))
     share = budget * in_blocks / sum(p.numel() for p in problem.model.parameters())
     optimizer = MISA(
-        *(problem.model, lr, share, interval),
+        # Not the model, whose off parameters would stay off while the full gradient is measured.
+        *(list(problem.model.named_parameters()), lr, share, interval),
         variant="paper",
         inner_kwargs={"momentum_step": momentum_step},
         seed=seed,
