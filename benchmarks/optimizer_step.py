@@ -6,8 +6,9 @@ as the model has is read and written, as a backward pass would do at least. Run 
 
     python -m benchmarks.optimizer_step
 
-Weights are bf16 and gradients are given, so that the optimizer alone is timed. MISA measures gradient norms in hooks
-during the backward pass, which is no part of `step()`; `MISA + norms` adds them.
+Weights are bf16. Gradients are given, or around a switch come from a backward pass before, so that the optimizer alone
+is timed. MISA measures gradient norms in hooks during the backward pass, which is no part of `step()`; `MISA + norms`
+adds them.
 """
 
 from __future__ import annotations

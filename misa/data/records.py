@@ -26,6 +26,10 @@ DOCUMENT_SUFFIXES = (".txt", ".md")
 NUM_NAMED = 3
 
 
+class StreamError(ValueError):
+    """A document of a stream is malformed or cannot be read, which may show in the middle of a run."""
+
+
 def find_split(source: str | Path, split: str) -> Path | None:
     """Find the file of one split.
 

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from misa.data.hub import load_hub
-from misa.data.records import DOCUMENT_SUFFIXES, NUM_NAMED, require_share, require_text
+from misa.data.records import DOCUMENT_SUFFIXES, NUM_NAMED, StreamError, require_share, require_text
 from misa.data.text import TextSource, encode_padded, is_held_out, padded_item
 from misa.models import first_line
-from misa.training.errors import StreamError
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +21,8 @@ from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
 from misa.optimizer import importance, state
 from misa.optimizer.active import ActiveSet
-from misa.optimizer.blocks import Block, least_budget, partition, rest
-from misa.optimizer.sampling import BlockSampler
-from misa.optimizer.settings import Settings
+from misa.optimizer.blocks import Block, partition, rest
+from misa.optimizer.settings import Settings, make_sampler
 from misa.parameters import Entry, Freezing, NamedParameter, named_parameters, trainable, warn_unmatched
 
 
@@ -70,11 +68,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         model = unwrapped(params) if isinstance(params, nn.Module) else None
         groups: list[Any] = [] if isinstance(params, nn.Module) else list(params)
         groups = [{**g, "params": list(g["params"])} if isinstance(g, dict) else g for g in groups]
-        source = (
-            model
-            if model is not None
-            else [pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])]
-        )
+        pairs = [pair for g in groups for pair in (g["params"] if isinstance(g, dict) else [g])]
+        source = pairs if model is None else model
         if model is not None:
             refuse_unsupported(model)
         self.blocks: tuple[Block, ...] = partition(source, settings.granularity, settings.include, settings.exclude)
@@ -101,7 +96,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         found = {e.param.dtype for e in self._entries.values()} - {torch.bfloat16, torch.float32}
         if settings.state_format not in ("master", "inner") and found:
             raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
-        self._sampler = _make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
+        self._sampler = make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
         self._round = self._num_steps = self._step_in_round = self._num_idle = 0
         self._workers = Workers(source, settings)
         self._record = None if settings.record is None or self._workers.rank else RoundRecord(settings.record)
@@ -378,28 +373,3 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             for _, p in self.blocks[i].params:
                 self._freezing.set_trainable(p, False)
         self._probe.stop()
-
-
-def _make_sampler(blocks: tuple[Block, ...], s: Settings, total: int) -> BlockSampler:
-    """The sampler of these settings; a budget too small for any block raises, one too small for some warns."""
-    numels = [b.numel for b in blocks]
-    limit = None if s.budget is None or s.order == "all" else int(s.budget * total + 1e-6)
-    sampler = BlockSampler(
-        numels, s.order, max_numel=limit, num_blocks=s.num_blocks, first_pass=s.first_pass, sample_last=s.sample_last,
-        seed=s.seed,
-    )  # fmt: skip
-    never = [blocks[i].name for i in sampler.never_fit]
-    if len(never) == len(blocks):
-        smallest = min(blocks, key=lambda b: b.numel)
-        raise ValueError(
-            f"budget={s.budget}: no block fits into {limit} of {total} parameters; the smallest, {smallest.name}, "
-            f"needs budget >= {least_budget(smallest.numel, total)}"
-        )
-    if never:
-        warnings.warn(
-            f"budget={s.budget}: {len(never)} of {len(blocks)} blocks are larger than the whole budget and will never "
-            f"be trained ({', '.join(never[:3])}{', ...' if len(never) > 3 else ''}); "
-            f"budget={least_budget(max(numels), total)} would admit all",
-            stacklevel=5,
-        )
-    return sampler

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from misa.optimizer.blocks import GRANULARITIES, REST_KINDS
+from misa.optimizer.blocks import GRANULARITIES, REST_KINDS, Block, least_budget
 from misa.optimizer.importance import ScoreRule
-from misa.optimizer.sampling import ORDERS
+from misa.optimizer.sampling import ORDERS, BlockSampler
 
 STATE_POLICIES = ("drop", "reset", "cpu", "keep")
 STATE_FORMATS = ("master", "fp32", "bf16", "8bit", "inner")
@@ -134,3 +135,28 @@ class Settings:
             )
         if self.step_in_backward and self.probe_every:
             raise ValueError("probe_every: cannot be used with step_in_backward=True")
+
+
+def make_sampler(blocks: tuple[Block, ...], s: Settings, total: int) -> BlockSampler:
+    """The sampler of these settings; a budget too small for any block raises, one too small for some warns."""
+    numels = [b.numel for b in blocks]
+    limit = None if s.budget is None or s.order == "all" else int(s.budget * total + 1e-6)
+    sampler = BlockSampler(
+        numels, s.order, max_numel=limit, num_blocks=s.num_blocks, first_pass=s.first_pass, sample_last=s.sample_last,
+        seed=s.seed,
+    )  # fmt: skip
+    never = [blocks[i].name for i in sampler.never_fit]
+    if len(never) == len(blocks):
+        smallest = min(blocks, key=lambda b: b.numel)
+        raise ValueError(
+            f"budget={s.budget}: no block fits into {limit} of {total} parameters; the smallest, {smallest.name}, "
+            f"needs budget >= {least_budget(smallest.numel, total)}"
+        )
+    if never:
+        warnings.warn(
+            f"budget={s.budget}: {len(never)} of {len(blocks)} blocks are larger than the whole budget and will never "
+            f"be trained ({', '.join(never[:3])}{', ...' if len(never) > 3 else ''}); "
+            f"budget={least_budget(max(numels), total)} would admit all",
+            stacklevel=5,
+        )
+    return sampler

@@ -5,7 +5,3 @@ from __future__ import annotations
 
 class DivergedError(RuntimeError):
     """A loss is not a finite number; the message names the step and the records."""
-
-
-class StreamError(ValueError):
-    """A document of a stream is malformed or cannot be read, which may show in the middle of a run."""

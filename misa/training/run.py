@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from misa.data.records import StreamError
 from misa.distributed.agree import on_first
 from misa.files import new_folder
 from misa.results import (
@@ -29,7 +30,7 @@ from misa.results import (
 from misa.training import folders
 from misa.training.checkpoints import latest_checkpoint, remove_checkpoints, step_of
 from misa.training.curves import curve_points, mean_loss
-from misa.training.errors import DivergedError, StreamError
+from misa.training.errors import DivergedError
 from misa.training.identity import matters
 from misa.training.lock import FolderLock
 from misa.training.options import MemoryOptions, MethodOptions, RunOptions
