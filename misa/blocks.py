@@ -104,10 +104,10 @@ def describe(
         ValueError: as `misa.optimizer.partition` does.
     """
     from misa.optimizer.blocks import partition, rest
-    from misa.parameters import named_parameters, trainable
+    from misa.parameters import trainable
 
     blocks = partition(model, granularity, include, exclude)
-    total = sum(p.numel() for _, p in trainable(named_parameters(model)))
+    total = sum(p.numel() for _, p in trainable(model))
     limit = None if budget is None else int(budget * total + 1e-6)
     described = [
         {

@@ -28,32 +28,33 @@ def owner(name: str) -> str:
     return name.rpartition(".")[0] or name
 
 
-def named_parameters(model: nn.Module | Iterable[NamedParameter]) -> list[NamedParameter]:
-    """`(name, parameter)` pairs with tied parameters once; a list of pairs passes through the same way.
+def plain_name(name: str) -> str:
+    """Dotted path without the link that `torch.compile` puts in where it wraps a module."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def trainable(source: nn.Module | Iterable[NamedParameter]) -> list[NamedParameter]:
+    """Parameters that can be trained: floating point, and not frozen by the caller; tied ones once.
+
+    What an optimizer of this package froze carries a mark, so that a second optimizer over the same model sees the
+    model as its owner left it. Names are those of the model before it, or a part of it, was compiled.
+
+    Args:
+        source: A model, or `(name, parameter)` pairs.
 
     Raises:
         ValueError: If something in a list is no such pair, or two parameters have one name.
     """
-    if isinstance(model, nn.Module):
-        return list(model.named_parameters())
     seen: dict[int, NamedParameter] = {}
     names: dict[str, int] = {}
-    for item in model:
+    for item in source.named_parameters() if isinstance(source, nn.Module) else source:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
             raise ValueError(f"parameters must be given with their names, as (name, parameter) pairs; got {type(item)}")
-        if names.setdefault(item[0], id(item[1])) != id(item[1]):
-            raise ValueError(f"parameters: two of them have the name {item[0]!r}; give each a name of its own")
-        seen.setdefault(id(item[1]), item)
-    return list(seen.values())
-
-
-def trainable(named: Iterable[NamedParameter]) -> list[NamedParameter]:
-    """Parameters that can be trained: floating point, and not frozen by the caller.
-
-    What an optimizer of this package froze carries a mark, so that a second optimizer over the same model sees the
-    model as its owner left it.
-    """
-    return [(n, p) for n, p in named if p.is_floating_point() and (p.requires_grad or is_frozen_by_us(p))]
+        name, p = plain_name(item[0]), item[1]
+        if names.setdefault(name, id(p)) != id(p):
+            raise ValueError(f"parameters: two of them have the name {name!r}; give each a name of its own")
+        seen.setdefault(id(p), (name, p))
+    return [(n, p) for n, p in seen.values() if p.is_floating_point() and (p.requires_grad or is_frozen_by_us(p))]
 
 
 def is_frozen_by_us(p: nn.Parameter) -> bool:
@@ -147,7 +148,7 @@ def kinds(model: nn.Module) -> dict[str, str]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     found: dict[str, str] = {}
-    for path, module in model.named_modules():
+    for path, module in ((plain_name(path), module) for path, module in model.named_modules()):
         if isinstance(module, nn.Embedding):
             found[path] = "embeddings"
         elif module is head:

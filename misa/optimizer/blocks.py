@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from misa.parameters import NamedParameter, Patterns, kind_by_name, kinds, named_parameters, owner, trainable
+from misa.parameters import NamedParameter, Patterns, kind_by_name, kinds, owner, trainable
 
 GRANULARITIES = ("matrix", "half", "layer")
 REST_KINDS = ("embeddings", "head", "norms", "other")
@@ -91,7 +91,7 @@ def partition(
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r}: must be one of {', '.join(GRANULARITIES)}")
-    named = trainable(named_parameters(model))
+    named = trainable(model)
     layout = _layout(named)
     grouped: dict[tuple[str, str], list[NamedParameter]] = {}
     selected = Patterns(include, exclude)
@@ -122,7 +122,7 @@ def rest(model: nn.Module | Iterable[NamedParameter], blocks: Sequence[Block]) -
     taken = {name for b in blocks for name, _ in b.params}
     by_module = kinds(model) if isinstance(model, nn.Module) else {}
     found: dict[str, list[NamedParameter]] = {kind: [] for kind in REST_KINDS}
-    for name, p in trainable(named_parameters(model)):
+    for name, p in trainable(model):
         if name not in taken:
             found[by_module.get(owner(name)) or kind_by_name(name, p)].append((name, p))
     return {kind: tuple(params) for kind, params in found.items()}

@@ -23,7 +23,7 @@ from misa.optimizer import importance, state
 from misa.optimizer.active import ActiveSet
 from misa.optimizer.blocks import Block, partition, rest
 from misa.optimizer.settings import Settings, make_sampler
-from misa.parameters import Entry, Freezing, NamedParameter, named_parameters, trainable, warn_unmatched
+from misa.parameters import Entry, Freezing, NamedParameter, trainable, warn_unmatched
 
 
 class BlockCoordinateOptimizer(torch.optim.Optimizer):
@@ -88,7 +88,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             groups = [group for group in groups if group["params"]]
         elif settings.always_on_lr is not None:
             raise ValueError(f"always_on_lr={settings.always_on_lr}: needs a model; give a parameter group its own lr")
-        self._owned = [p for _, p in trainable(named_parameters(source))]  # what the caller had not frozen
+        self._owned = [p for _, p in trainable(source)]  # what the caller had not frozen
         self._block_of = {p: i for i, b in enumerate(self.blocks) for _, p in b.params}
         self._off = set(self._owned) - {p for _, p in trained}  # frozen for good
         self._entries: dict[nn.Parameter, Entry] = {}

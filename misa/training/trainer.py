@@ -15,6 +15,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
+from misa.data.packing import IGNORED
 from misa.data.sampling import SeededSampler
 from misa.files import write_text
 from misa.training.checkpoints import STAGING_FOLDER, seal
@@ -90,6 +91,17 @@ class Trainer(transformers.Trainer):
             return SeededSampler(len(dataset), seed)
         sampler = super()._get_train_sampler(train_dataset)
         return SeededSampler(len(dataset), seed) if isinstance(sampler, RandomSampler) else sampler
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the tokens that are not padding, also where no attention mask tells them apart.
+
+        transformers would go by the padding token, which closes every record where the tokenizer has no other.
+        """
+        if "position_ids" in inputs and "attention_mask" not in inputs:
+            # The last token of a packed record has a label, so what follows the last label of a row is padding.
+            labelled = inputs["labels"] != IGNORED
+            inputs = {**inputs, "attention_mask": labelled.flip(1).cumsum(1) > 0}
+        super()._track_num_input_tokens(inputs)
 
     def continue_from(self, checkpoint: Path) -> None:
         """Train on from a checkpoint.

@@ -214,3 +214,18 @@ def test_compiled_model_is_split_and_saved_as_what_it_compiles(make):
     train(twin, other, 4)
     assert same(model, twin)
     other.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "half", "layer"])
+def test_names_of_compiled_models_and_layers_are_those_of_plain_ones(granularity):
+    options = {"granularity": granularity, "budget": 0.5, "always_on": ("embeddings", "head", "norms")}
+    by_layers = llama()
+    by_layers.lm_head = torch.compile(by_layers.lm_head, backend="eager")
+    for i, layer in enumerate(by_layers.model.layers):
+        by_layers.model.layers[i] = torch.compile(layer, backend="eager")
+    whole = torch.compile(llama(), backend="eager")
+    for compiled, plain in ((by_layers, llama()), (whole.named_parameters(), llama().named_parameters())):
+        optimizer, expected = MISA(compiled, **options), MISA(plain, **options)
+        assert [b.name for b in optimizer.blocks] == [b.name for b in expected.blocks]
+        assert optimizer.active_numel == expected.active_numel
+        expected.load_state_dict(optimizer.state_dict())

@@ -83,6 +83,9 @@ def test_packing_trains_on_the_same_tokens_in_fewer_sequences(
         assert finetune(name, **whole, **options) == 0
         totals[name] = sum(int((batch["labels"] != -100).sum()) for batch in seen["batches"])
     assert totals["packed"] == totals["alone"] > 0
+    # The tokenizer's end token also pads, and ends every record.
+    tokens = {name: read_result(tmp_path / name).metrics["num_tokens"] for name in totals}
+    assert tokens["packed"] == tokens["alone"] > 0
     assert read_result(tmp_path / "packed").metrics["num_steps"] < read_result(tmp_path / "alone").metrics["num_steps"]
     assert all("attention_mask" not in batch for batch in seen["batches"])
     losses = [read_result(tmp_path / name).metrics["eval_loss"] for name in ("packed", "alone")]
