@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 # Options that some methods know; a method gets those of them that it has.
-_OPTIONS = ("budget", "interval", "eta", "granularity", "always_on", "variant", "lora_r", "lora_alpha", "lora_dropout")
+_OPTIONS = ("budget", "num_blocks", "interval", "eta", "granularity", "include", "exclude", "always_on", "variant")
+_OPTIONS += ("lora_r", "lora_alpha", "lora_dropout", "lora_target", "galore_r")
 _ENGINE_OPTIONS = ("state_format", "step_in_backward", "lean_adapters")
 _SIMULATED = ("method", "checkpoint_layers", *_ENGINE_OPTIONS, "lean_activations")
 _SIMULATED += ("compare", "fit", "memory_budget", "json")
@@ -18,7 +19,7 @@ _NEEDED = {
     "output_dir": ("compare", "model_name_or_path"),
 }
 # Option -> the least that makes sense.
-_LEAST = dict.fromkeys(("batch_size", "seq_len", "interval", "lora_r", "lora_alpha"), 1)
+_LEAST = dict.fromkeys(("batch_size", "seq_len", "num_blocks", "interval", "lora_r", "lora_alpha", "galore_r"), 1)
 _LEAST |= dict.fromkeys(("checkpoint_layers", "seed"), 0)
 
 
@@ -90,14 +91,26 @@ class MemoryArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the tokens and of the blocks drawn."})
     run: str = field(default="memory", metadata={"help": "Name of the run in the result file."})
     budget: float | None = field(default=None, metadata={"help": "Share of parameters drawn (methods with a budget)."})
+    num_blocks: int | None = field(default=None, metadata={"help": "Blocks drawn, instead of a budget."})
     interval: int | None = field(default=None, metadata={"help": "Steps in a round."})
     eta: str | None = field(default=None, metadata={"help": "Sharpness of the importance softmax: a number or auto."})
     granularity: str | None = field(default=None, metadata={"help": "What a block is: matrix, half or layer."})
-    always_on: str | None = field(default=None, metadata={"help": "Trained besides the blocks, comma separated."})
-    variant: str | None = field(default=None, metadata={"help": "Variant of MISA."})
+    include: str | None = field(
+        default=None, metadata={"help": "What is split into blocks: patterns of names, comma separated."}
+    )
+    exclude: str | None = field(default=None, metadata={"help": "What is in no block: patterns, comma separated."})
+    always_on: str | None = field(
+        default=None,
+        metadata={"help": "Trained besides the blocks: embeddings, head, norms, comma separated; or none."},
+    )
+    variant: str | None = field(default=None, metadata={"help": "Variant of MISA: default, paper or official."})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA's adapters."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of LoRA's adapters."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Dropout before LoRA's adapters."})
+    lora_target: str | None = field(
+        default=None, metadata={"help": "Linear layers with adapters: all, or names, comma separated."}
+    )
+    galore_r: int | None = field(default=None, metadata={"help": "Rank of GaLore's projected gradients."})
 
     def __post_init__(self) -> None:
         """Check what can be checked without loading anything."""
@@ -155,7 +168,7 @@ class MemoryArguments:
     def chosen(self) -> tuple[str, ...]:
         """What was given of the fields that `--memory_budget` would choose."""
         given = {
-            "budget": self.budget is not None,
+            "budget": self.budget is not None or self.num_blocks is not None,
             "loss": self.loss != "full",
             "checkpointing": self.gradient_checkpointing or self.checkpoint_layers is not None,
             "state_format": self.state_format is not None,
@@ -165,12 +178,6 @@ class MemoryArguments:
 
     def given_options(self) -> dict[str, Any]:
         """Method options that were given, in the form `misa.methods.build` takes."""
-        given = {name: getattr(self, name) for name in _OPTIONS if getattr(self, name) is not None}
-        if "eta" in given and given["eta"] != "auto":
-            try:
-                given["eta"] = float(given["eta"])
-            except ValueError:
-                raise ValueError(f"eta is {given['eta']!r}; it must be a number or auto") from None
-        if "always_on" in given:
-            given["always_on"] = tuple(part.strip() for part in given["always_on"].split(",") if part.strip())
-        return given
+        from misa.methods import from_words
+
+        return from_words({name: value for name in _OPTIONS if (value := getattr(self, name)) is not None})

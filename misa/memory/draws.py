@@ -63,11 +63,11 @@ class Draws:
     def _bad(self) -> Iterator[tuple[int, ...]]:
         laboratory = self._laboratory
         settings, blocks = laboratory.optimizer.settings, laboratory.blocks
-        if settings.num_blocks is not None:
-            yield tuple(range(settings.num_blocks))
-            return
         # What the budget is a share of: all that the method could train.
-        limit = int(settings.budget * laboratory.num_params + 1e-6)
+        limit = (
+            laboratory.num_params if settings.budget is None else int(settings.budget * laboratory.num_params + 1e-6)
+        )
+        most = len(blocks) if settings.num_blocks is None else settings.num_blocks
         gain = {i: self._kept(block.name) / block.numel for i, block in enumerate(blocks)}
         by_gain = sorted(gain, key=lambda i: -gain[i])
         by_size = sorted(gain, key=lambda i: -blocks[i].numel)
@@ -75,7 +75,7 @@ class Draws:
             for order in (by_gain, by_size):
                 chosen, used = [seed], blocks[seed].numel
                 for i in order:
-                    if i != seed and used + blocks[i].numel <= limit:
+                    if i != seed and used + blocks[i].numel <= limit and len(chosen) < most:
                         chosen.append(i)
                         used += blocks[i].numel
                 if used <= limit:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from misa.methods import adamw, badam, dora, galore, lisa, lora, misa, misa_lora, sgd
-from misa.methods.base import Built, Hyperparameters, Method
+from misa.methods.base import Built, Hyperparameters, Method, from_words
 
 METHODS: dict[str, Method] = {
     m.name: m
@@ -39,4 +39,4 @@ def build(name: str, model: nn.Module, *, options: dict[str, Any] | None = None,
     return METHODS[name].build(model, Hyperparameters(**hyperparameters), options or {})
 
 
-__all__ = ["METHODS", "Built", "Hyperparameters", "Method", "build"]
+__all__ = ["METHODS", "Built", "Hyperparameters", "Method", "build", "from_words"]

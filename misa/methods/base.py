@@ -89,3 +89,26 @@ class Method:
         settings = {**self.defaults, **given}
         trained, optimizer = self.apply(model, hyperparameters, settings)
         return Built(trained, optimizer, settings, self.description)
+
+
+def from_words(options: dict[str, Any]) -> dict[str, Any]:
+    """Turn a method's options as they stand on a command line into the types that methods take.
+
+    Args:
+        options: By name. `eta` is a number or auto; lists are separated by commas, and always_on may be "none".
+
+    Raises:
+        ValueError: If eta is neither a number nor "auto".
+    """
+    options = dict(options)
+    if "eta" in options and options["eta"] != "auto":
+        try:
+            options["eta"] = float(options["eta"])
+        except ValueError:
+            raise ValueError(f"eta is {options['eta']!r}, allowed is a number from 0 up, or auto") from None
+    for name in ("include", "exclude", "always_on"):
+        if name in options:
+            options[name] = tuple(word for part in options[name].split(",") if (word := part.strip()))
+    if options.get("always_on") == ("none",):
+        options["always_on"] = ()
+    return options

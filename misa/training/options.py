@@ -122,18 +122,9 @@ class MethodOptions:
         Raises:
             ValueError: If eta is neither a number nor "auto".
         """
-        options = {name: value for name, value in vars(self).items() if name != "method" and value is not None}
-        if "eta" in options and options["eta"] != "auto":
-            try:
-                options["eta"] = float(options["eta"])
-            except ValueError:
-                raise ValueError(f"eta is {options['eta']!r}, allowed is a number from 0 up, or auto") from None
-        for name in ("include", "exclude", "always_on"):
-            if name in options:
-                options[name] = tuple(word for part in options[name].split(",") if (word := part.strip()))
-        if options.get("always_on") == ("none",):
-            options["always_on"] = ()
-        return options
+        from misa.methods import from_words
+
+        return from_words({name: value for name, value in vars(self).items() if name != "method" and value is not None})
 
 
 @dataclass

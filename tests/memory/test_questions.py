@@ -43,6 +43,43 @@ def test_explains_a_peak_in_words_and_in_json(small, capsys):
     assert found["closed_form"]["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "draw"),
+    [
+        ("misa", ["--num_blocks", "2"], 2),
+        ("misa", ["--budget", "0.3", "--include", "*.mlp.*"], None),
+        ("lisa", ["--always_on", "none"], 2),
+        ("lora", ["--lora_target", "q_proj,v_proj"], None),
+        ("galore", ["--galore_r", "4"], None),
+    ],
+)
+def test_options_of_methods_are_asked_about(method, options, draw, small, capsys):
+    words = ["--model", small, "--method", method, "--seq-len", "64", "--json"]
+    main(words)
+    by_default = json.loads(capsys.readouterr().out)
+    assert main([*words, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["by_category"]["optimizer"] != by_default["by_category"]["optimizer"]
+    if draw:
+        assert len(found["draw"]["used"]) == draw
+    if "--include" in options:
+        assert all(".mlp." in name for name in found["draw"]["used"])
+    if closed := found.get("closed_form"):
+        assert closed["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.03)
+
+
+def test_number_of_blocks_asked_for_is_planned_with(small, capsys):
+    words = ["--model", small, "--num_blocks", "4", "--seq-len", "64", "--json"]
+    assert main(words) == 0
+    drawn = json.loads(capsys.readouterr().out)["draw"]
+    # As many of the largest matrices take more than as many of the first layer's small ones.
+    assert drawn["worst_bytes"] > drawn["used_bytes"]
+    assert main([*words, "--memory_budget", "1GiB"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scenario"]["options"] == {"num_blocks": 4}
+    assert found["peak_bytes"] == pytest.approx(drawn["worst_bytes"], rel=0.03)
+
+
 def test_levers_named_are_levers(small, capsys):
     words = ["--model", small, "--method", "misa", "--budget", "0.1", "--seq-len", "1024", "--json"]
     main(words)
@@ -100,6 +137,9 @@ def test_memory_budget_chooses_and_says_why(small, capsys):
         (["--model", "7m", "--memory_budget", ".GiB"], "memory_budget is '.GiB'; it must be an amount with a unit"),
         (["--model", "7m", "--checkpoint_layers", "-3"], "checkpoint_layers is -3; it must be at least 0"),
         (["--model", "7m", "--interval", "0"], "interval is 0; it must be at least 1"),
+        (["--model", "7m", "--num_blocks", "0"], "num_blocks is 0; it must be at least 1"),
+        (["--model", "7m", "--method", "lora", "--galore_r", "4"], "method lora: has no option galore_r"),
+        (["--model", "7m", "--lora_target", "q", "--method", "lora"], "lora_target is 'q': 'q' is no linear layer"),
         (["--model", "7m", "--method", "lora", "--lora_alpha", "0"], "lora_alpha is 0; it must be at least 1"),
         (["--model", "7m", "--methods", "lora"], "methods is given; it does nothing without model_name_or_path"),
         (["--model", "7m", "--seed", "1"], "seed is given; it does nothing without model_name_or_path"),
