@@ -39,12 +39,14 @@ rule all:
         rules.score_tables.output,
         expand(f"{SCORES}/{{table}}.{{ending}}", table=WRITTEN, ending=["md", "tex"]),
         rules.report_pages.output,
+        expand(f"{PAGES}/{{table}}.html", table=WRITTEN),
         rules.benchmark_tables.output if CACHED else [],
 
 
 onstart:
     hold_lock()
     end_orphans()
+    check_frozen()
     name_left_out()
 
 

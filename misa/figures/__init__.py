@@ -33,6 +33,11 @@ FIGURES = {
 
 CACHED_TABLES = "paper_figures/data"
 
+#: Columns that hold numbers in every tidy table that has them; an empty cell is a missing one.
+NUMBERS = frozenset(
+    ["value", "stderr", "seed", "step", "bytes", "eval_loss", "train_s", "num_documents", "tokens", "time_s"]
+)
+
 
 def plot(name: str, table: pd.DataFrame) -> Figure:
     """Draw a figure by name.
@@ -95,7 +100,7 @@ def read_table(path: str | Path, columns: Iterable[str] = ()) -> pd.DataFrame:
         The table.
 
     Raises:
-        ValueError: If there is no such file, it holds nothing, or a column is missing.
+        ValueError: If there is no such file, it holds nothing, a column is missing, or a number is none.
     """
     import pandas as pd
 
@@ -111,4 +116,12 @@ def read_table(path: str | Path, columns: Iterable[str] = ()) -> pd.DataFrame:
         raise ValueError(f"table {path} is no CSV file: {error}") from None
     if missing := [column for column in columns if column not in table]:
         raise ValueError(f"table {path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table))}")
+    for column in NUMBERS.intersection(table):
+        numbers = pd.to_numeric(table[column], errors="coerce")
+        wrong = table[column][numbers.isna() & table[column].notna() & (table[column] != "nan")]
+        if len(wrong):
+            # The first row stands in the second line.
+            raise ValueError(
+                f"table {path}, line {wrong.index[0] + 2}: {column} is {wrong.iloc[0]!r}, allowed is a number"
+            )
     return table

@@ -58,8 +58,11 @@ def _run(options: argparse.Namespace) -> int:
         from misa.results.tuning import apply_rates
 
         settings = read_table(options.table)
+        sheets = getattr(options, "sheets", ())
+        if missing := [sheet for sheet in sheets if not Path(sheet).is_file()]:
+            raise ValueError(f"sheet {missing[0]} does not exist")
         _print(write_study_table(options.verb, settings, options.output_dir, options.page_dir))
-        for sheet in getattr(options, "sheets", ()):
+        for sheet in sheets:
             print(f"{sheet}: {', '.join(apply_rates(sheet, settings)) or 'no row changed'}")
     elif options.verb == "benchmarks":
         from misa.results.benchmarks import write_benchmark_table

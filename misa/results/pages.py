@@ -76,17 +76,21 @@ def runs_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]:
         commit says that the package differed from it.
 
     Raises:
-        ValueError: If there is no manifest.
+        ValueError: If there is no manifest, or a file is no manifest.
     """
-    folder = Path(tables_dir)
-    manifest = folder / MANIFEST_FILE
+    manifest, of_grid = Path(tables_dir, MANIFEST_FILE), Path(tables_dir, _GRID_FILE)
     if not manifest.is_file():
         raise ValueError(f"{manifest} does not exist")
-    runs = json.loads(manifest.read_text(encoding="utf-8"))["runs"]
-    if (folder / _GRID_FILE).is_file():
-        origin = json.loads((folder / _GRID_FILE).read_text(encoding="utf-8"))["provenance"]
-        runs.append({"run": "memory_grid", "kind": "memory", **origin})
-    return list(RUNS_HEAD), [_run_row(run) for run in runs]
+    rows = []
+    for path in filter(Path.is_file, (manifest, of_grid)):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path == of_grid:
+                content = {"runs": [{"run": "memory_grid", "kind": "memory", **content["provenance"]}]}
+            rows += [_run_row(run) for run in content["runs"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} does not say where its tables come from: {error!r}") from None
+    return list(RUNS_HEAD), rows
 
 
 def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:

@@ -7,6 +7,7 @@ times; every other NAME is the content of `NAME.md` in a folder of tables.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -99,10 +100,10 @@ def record_time(command: str, seconds: float, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: If the time is not positive or the file is malformed.
+        ValueError: If the time is not positive and finite, or the file is malformed.
     """
-    if not seconds > 0:
-        raise ValueError(f"seconds is {seconds}; it must be positive")
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds is {seconds}; it must be positive and finite")
     known = read_times(path) if Path(path).is_file() else {}
     machine = describe_machine()
     known[command] = {

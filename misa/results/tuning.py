@@ -138,13 +138,22 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
     path = Path(sheet)
     if not path.is_file():
         raise ValueError(f"sheet {sheet} does not exist")
-    head, *lines = path.read_text(encoding="utf-8").splitlines()
-    columns, changed = head.split("\t"), []
-    if not {"run", "kind", "args"} <= set(columns):
-        raise ValueError(f"sheet {sheet} lacks one of the columns run, kind, args")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    columns: list[str] = []
+    changed = []
     for number, line in enumerate(lines):
+        # As `workflows/rules/common.smk` reads sheets.
+        if not line.strip() or line.startswith("#"):
+            continue
         cells = line.split("\t")
+        if not columns:
+            columns = cells
+            continue
+        if len(cells) != len(columns):
+            raise ValueError(f"sheet {sheet}, line {number + 1}: {len(cells)} cells, and {len(columns)} columns")
         row = dict(zip(columns, cells, strict=True))
+        if not {"run", "kind", "args"} <= row.keys():
+            raise ValueError(f"sheet {sheet} lacks one of the columns run, kind, args")
         words = shlex.split(row["args"])
         method = words[words.index("--method") + 1] if "--method" in words else ""
         trained = Trained(row.get("data") or BUILT_IN.get(row["kind"], ""), method)
@@ -159,7 +168,9 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         cells[columns.index("args")] = re.sub(r"--method \S+", rf"\g<0> {words_now}", others, count=1)
         lines[number] = "\t".join(cells)
         changed.append(row["run"])
-    write_text(path, "\n".join([head, *lines]) + "\n")
+    if not columns:
+        raise ValueError(f"sheet {sheet} is empty")
+    write_text(path, "\n".join(lines) + "\n")
     return changed
 
 

@@ -275,3 +275,10 @@ def test_means_are_over_the_seeds_that_all_methods_have():
         assert [line.get_ydata().tolist() for line in axes.lines] == [
             line.get_ydata().tolist() for line in expected.lines
         ]
+
+
+def test_text_in_the_place_of_a_number_is_named(tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("run,seed,value\na,0,0.5\nb,0,nan\nc,0,\nd,0,inf\ne,1,half\n")
+    with pytest.raises(ValueError, match=r"scores\.csv, line 6: value is 'half', allowed is a number"):
+        read_table(path)

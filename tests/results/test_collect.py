@@ -241,6 +241,13 @@ def test_times_of_several_commands_stand_in_one_table(tmp_path):
     assert main(["time", "make test", "1", "--output", str(tmp_path / "t.json")]) == 2
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
+def test_time_that_is_none_is_refused(seconds, tmp_path, capsys):
+    assert main(["time", "make test", seconds, "--output", str(tmp_path / "times.json")]) == 2
+    assert "must be positive and finite" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_collected_settings_say_what_each_run_was_told(tmp_path):
     told = {"granularity": "matrix", "budget": 0.03, "interval": 50, "eta": "auto", "per_parameter": None}
     config = {"learning_rate": 1e-3, "method_settings": told}

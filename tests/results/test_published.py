@@ -96,3 +96,10 @@ def test_pages_show_tables_and_where_runs_come_from(repository, tmp_path) -> Non
     assert "<b>2.00 ± 0.50</b>" in page
     with pytest.raises(ValueError, match=r"MANIFEST\.json does not exist"):
         runs_table(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"tables": {}}', '{"runs": [{"run": "x"}]}'])
+def test_manifest_that_is_none_is_named(content: str, tmp_path) -> None:
+    (tmp_path / "MANIFEST.json").write_text(content)
+    with pytest.raises(ValueError, match=r"MANIFEST\.json does not say where its tables come from"):
+        runs_table(tmp_path)

@@ -61,8 +61,10 @@ def test_table_shows_the_grid_and_what_was_chosen(table: Path, tmp_path: Path) -
 def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.tsv"
     sheet.write_text(
+        "# one line for each run\n"
         "run\tkind\targs\n"
         "a\tpretrain\t--method adamw --seed 0\n"
+        "\n"
         "b\tpretrain\t--method misa --learning_rate 1e-5 --seed 0\n"
         "c\tpretrain\t--method badam --seed 0\n"
         "d\tfinetune\t--method misa --seed 0\n"
@@ -72,8 +74,10 @@ def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytes
     assert main(words) == 0
     assert f"{sheet}: a, b" in capsys.readouterr().out
     assert sheet.read_text() == (
+        "# one line for each run\n"
         "run\tkind\targs\n"
         "a\tpretrain\t--method adamw --learning_rate 0.002 --seed 0\n"
+        "\n"
         "b\tpretrain\t--method misa --learning_rate 0.004 --seed 0\n"
         "c\tpretrain\t--method badam --seed 0\n"
         "d\tfinetune\t--method misa --seed 0\n"
@@ -151,14 +155,28 @@ def test_each_data_set_has_rates_of_its_own(tmp_path: Path) -> None:
     assert [line.rpartition("rate ")[2] for line in sheet.read_text().splitlines()[1:]] == ["0.004", "0.001"]
 
 
-def test_rate_in_a_sheet_that_is_no_number_is_named_with_its_run(
-    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "run\tkind\targs\na\tpretrain\t--method misa --learning_rate fast\n",
+            "sheet {sheet}, run a: learning_rate is 'fast', allowed is a number",
+        ),
+        ("run\tkind\targs\na\tpretrain\n", "sheet {sheet}, line 2: 2 cells, and 3 columns"),
+        ("# nothing\n", "sheet {sheet} is empty"),
+        (None, "sheet {sheet} does not exist"),
+    ],
+)
+def test_mistake_in_a_sheet_is_named(
+    content: str | None, message: str, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sheet = tmp_path / "sheet.tsv"
-    sheet.write_text("run\tkind\targs\na\tpretrain\t--method misa --learning_rate fast\n")
-    words = ["learning_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
+    if content is not None:
+        sheet.write_text(content)
+    words = ["learning_rates", "--table", str(table), "--output_dir", str(tmp_path / "out"), "--sheets", str(sheet)]
     assert main(words) == 2
-    assert f"sheet {sheet}, run a: learning_rate is 'fast', allowed is a number" in capsys.readouterr().err
+    assert message.format(sheet=sheet) in capsys.readouterr().err
+    assert content is not None or not (tmp_path / "out").exists()
 
 
 def ablation() -> pd.DataFrame:

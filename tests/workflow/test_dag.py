@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import json
+import os
 import re
 import shlex
 import shutil
@@ -17,6 +19,7 @@ import pytest
 import yaml
 
 from misa.figures import FIGURES
+from misa.files import sha256_file
 from misa.memory.grid import TABLES as GRID_TABLES
 from misa.results.collect import TABLES
 
@@ -160,6 +163,40 @@ def test_deleted_figure_comes_back_byte_for_byte(snakemake, repository: Path, tm
     assert figure.read_bytes() == (repository / "paper_figures" / "memory_delta.png").read_bytes()
 
 
+def test_committed_tables_are_those_that_were_collected(repository: Path) -> None:
+    manifests = list((repository / "paper_figures" / "data").rglob("MANIFEST.json"))
+    assert len(manifests) > 3
+    for manifest in manifests:
+        tables = json.loads(manifest.read_text())["tables"]
+        there = [name for name in tables if (manifest.parent / name).is_file()]
+        assert {"settings.csv", "scores.csv"} & set(there)
+        for name in there:
+            assert sha256_file(manifest.parent / name) == tables[name]["sha256"], manifest.parent / name
+
+
+def test_table_edited_by_hand_is_not_drawn(snakemake, repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "paper_figures", tmp_path / "paper_figures")
+    table = tmp_path / "paper_figures" / "data" / "memory.csv"
+    text = table.read_text()
+    table.write_text(text.replace("538060288", "538060289", 1))
+    assert table.read_text() != text
+    before = (tmp_path / "paper_figures" / "memory.png").read_bytes()
+    done = snakemake("--cores", "1", "--config", "results=cached", folder=tmp_path)
+    assert done.returncode != 0
+    assert "memory.csv was changed since it was collected" in done.stdout
+    assert (tmp_path / "paper_figures" / "memory.png").read_bytes() == before
+
+
+def test_all_that_the_report_shows_is_planned(snakemake, repository: Path, tmp_path: Path) -> None:
+    """The pages are committed nowhere, and the tables beside them are."""
+    shutil.copytree(repository / "paper_figures", tmp_path / "paper_figures")
+    done = snakemake("-n", "--config", "results=cached", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    pages = ("scores", "pretraining", "paired", "published", "runs", "ablation", "learning_rates", "finetune_rates")
+    for page in pages:
+        assert f"results/cached/pages/{page}.html" in done.stdout
+
+
 def test_every_figure_has_a_caption(repository: Path) -> None:
     captions = (repository / "workflows" / "report" / "figure.rst").read_text()
     assert set(re.findall(r'^  "(\w+)": "', captions, re.MULTILINE)) == set(FIGURES)
@@ -221,7 +258,7 @@ def test_missing_and_impossible_values_are_named(snakemake, repository: Path, tm
     for change, message in (
         ({"family": {"num_train": 0, "num_test": 1, "seed": 0}}, "0 is less than the minimum of 1"),
         ({"family": {"num_train": 1, "seed": 0}}, "'num_test' is a required property"),
-        ({"variance": {"runs": ["pretrain-nobody"], "args": ""}}, "pretrain-nobody"),
+        ({"variance": {"runs": ["pretrain-nobody"], "snapshot_steps": "none", "args": ""}}, "names 'pretrain-nobody'"),
     ):
         file.write_text(yaml.safe_dump(config | change))
         done = snakemake("-n", "--configfile", file, folder=tmp_path)
@@ -242,6 +279,8 @@ def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
         ("base\tfinetune\t--method misa", "does not match"),
         ("base-math\tfinetune\t--method misa", "does not match"),
         ("pretrain-misa\tpretrain\t--method misa", "'pretrain-misa' occurs twice"),
+        ("finetune-new\tfinetune", "2 cells, and the first line names 3, with tabs between: run, kind, args"),
+        ("new\tfinetune\t--method misa\tmath", "4 cells, and the first line names 3"),
     ],
 )
 def test_mistake_in_the_sheet_is_named(snakemake, repository, tmp_path, line, message) -> None:
@@ -252,6 +291,62 @@ def test_mistake_in_the_sheet_is_named(snakemake, repository, tmp_path, line, me
     done = snakemake("-n", "--configfile", tmp_path / "wrong.yaml", folder=tmp_path)
     assert done.returncode != 0
     assert message in done.stdout
+    number = len(rows.splitlines()) + 1
+    assert "occurs twice" in message or f"sheet.tsv, line {number}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "sheet.tsv has no rows: it needs a line of names"),
+        (b"run\tkind\targs\n# nothing\n", "sheet.tsv has no rows"),
+        (b"run\tkind\targs\nnew\tfinetune\t--method \xff\n", "sheet.tsv is no text in UTF-8"),
+        (b"run\tkind\targs\twhat\nnew\tfinetune\t\t1\n", "('what' was unexpected); allowed: run, kind, args, data"),
+    ],
+)
+def test_sheet_that_is_none_is_named(snakemake, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "sheet.tsv").write_bytes(content)
+    done = snakemake("-n", "--config", "sheet=sheet.tsv", folder=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stdout
+
+
+def test_words_of_a_row_arrive_as_they_are(snakemake, tmp_path: Path, tiny: Path) -> None:
+    """Also those with a number sign or a quotation mark, which a reader of tables could take for something else."""
+    config = yaml.safe_load(tiny.read_text())
+    words = "--method misa --note a#b --other '#3' --learning_rate 0.5"
+    (tmp_path / "own.tsv").write_text(f"# first\nrun\tkind\targs\n\nnew\tfinetune\t{words}\n#last\tpretrain\tx\n")
+    own = config | {"sheet": "own.tsv", "variance": config["variance"] | {"runs": []}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    done = snakemake("-n", "-p", "--configfile", tmp_path / "own.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert f"{words} --run new" in done.stdout
+    assert "last" not in done.stdout
+
+
+def test_run_may_be_called_like_a_rule(snakemake, tmp_path: Path, tiny: Path) -> None:
+    config = yaml.safe_load(tiny.read_text())
+    names = ("memory", "rate", "family", "collect", "score_tables")
+    rows = "".join(f"{name}\tfinetune\t--method misa\n" for name in names)
+    (tmp_path / "own.tsv").write_text(f"run\tkind\targs\n{rows}")
+    own = config | {"sheet": "own.tsv", "variance": config["variance"] | {"runs": []}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    done = snakemake("-n", "-p", "--configfile", tmp_path / "own.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    logs = re.findall(r"> (\S+\.log) 2>&1", done.stdout)
+    assert len(logs) > len(names)
+    assert len(logs) == len(set(logs))
+
+
+def test_folder_of_real_sets_may_be_written_in_any_way(snakemake, tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
+    plans = set()
+    for written in ("sets", "./sets", tmp_path / "sets"):
+        words = ("mix", "--config", "scale=workstation", f"data_dir={written}")
+        done = snakemake("results/workstation/data/math/digest.json", "-n", "-p", *words[1:], folder=tmp_path)
+        assert done.returncode == 0, done.stdout
+        plans.update(re.findall(r"--data_dir (\S+)", done.stdout))
+    assert plans == {str(tmp_path / "sets")}
 
 
 def test_second_run_beside_the_first_is_refused(snakemake, tmp_path: Path, tiny: Path) -> None:
@@ -271,16 +366,20 @@ def test_job_left_over_from_a_killed_run_is_ended(snakemake, tmp_path: Path, tin
         (here, ("misa.train", "results/tiny/runs/finetune-misa")),
         (here, ("misa.train", "results/laptop/runs/finetune-misa")),
         (elsewhere, ("misa.train", "results/tiny/runs/finetune-misa")),
+        # By hand, in the same folder.
+        (None, ("misa.train", "results/tiny/runs/finetune-misa")),
     ):
-        folder.mkdir(exist_ok=True)
+        for path in (here, elsewhere):
+            path.mkdir(exist_ok=True)
         command = [sys.executable, "-c", "import time; time.sleep(100)", "-m", *words]
-        left_over.append(subprocess.Popen(command, cwd=folder))
+        mark = {} if folder is None else {"MISA_WORKFLOW": str(folder)}
+        left_over.append(subprocess.Popen(command, cwd=folder or here, env=os.environ | mark))
     try:
         done = snakemake("family", "--cores", "1", "--configfile", tiny, folder=here)
         assert done.returncode == 0, done.stdout
         assert left_over[0].wait(timeout=10) == -signal.SIGKILL
         assert f"ending process {left_over[0].pid}," in done.stdout
-        assert [process.poll() for process in left_over[1:]] == [None, None]
+        assert [process.poll() for process in left_over[1:]] == [None, None, None]
     finally:
         for process in left_over:
             process.kill()

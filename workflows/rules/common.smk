@@ -1,5 +1,7 @@
 # Configuration, its check, and the names all rules share.
 import fcntl
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -10,27 +12,42 @@ import pandas as pd
 import psutil
 import yaml
 from snakemake.exceptions import WorkflowError
-from snakemake.utils import validate
 
 # jsonschema would build a grammar of internationalized addresses, which takes longer than all else that snakemake does
 # before the first job; no schema here has one.
 sys.modules.setdefault("rfc3987_syntax", None)
 
+from jsonschema import Draft202012Validator
+
 # A configuration file given with --configfile stands for itself; otherwise the scale names one.
-if "sheet" not in config:
-    scale_file = Path(
-        workflow.basedir, "workflows", "config", f"{config.get('scale', 'laptop')}.yaml"
+if "pretrain" not in config:
+    scales = {
+        path.stem: path
+        for path in Path(workflow.basedir, "workflows", "config").glob("*.yaml")
+    }
+    scale = config.get("scale", "laptop")
+    if scale not in scales:
+        raise WorkflowError(f"scale is {scale!r}, allowed: {', '.join(sorted(scales))}")
+
+    configfile: str(scales[scale])
+
+
+def check(values, schema_file, where):
+    """Refuse values that a schema does not allow, in words that name the place, the value and what is allowed."""
+    schema = yaml.safe_load(
+        Path(workflow.basedir, "workflows", "schemas", schema_file).read_text()
     )
-    if not scale_file.is_file():
-        scales = sorted(path.stem for path in scale_file.parent.glob("*.yaml"))
-        raise WorkflowError(
-            f"scale is {config['scale']!r}, allowed: {', '.join(scales)}"
-        )
+    for error in Draft202012Validator(schema).iter_errors(values):
+        places = [where, ".".join(map(str, error.absolute_path)), error.message]
+        allowed = ""
+        if error.validator == "additionalProperties":
+            allowed = f"; allowed: {', '.join(error.schema['properties'])}"
+        elif "description" in error.schema:
+            allowed = f" ({error.schema['description']})"
+        raise WorkflowError(f"{': '.join(filter(None, places))}{allowed}")
 
-    configfile: str(scale_file)
 
-
-validate(config, "../schemas/config.schema.yaml")
+check(dict(config), "config.schema.yaml", "configuration")
 
 
 SCALE = config["scale"]
@@ -101,8 +118,38 @@ sheet_file = next(
 )
 if sheet_file is None:
     raise WorkflowError(f"sheet {config['sheet']} does not exist")
-RUNS = pd.read_csv(sheet_file, sep="\t", comment="#", dtype=str, keep_default_na=False)
-validate(RUNS, "../schemas/runs.schema.yaml")
+
+
+def read_sheet(path):
+    """Rows of a run sheet: tab separated, names of the columns first; empty lines and those that begin with # are none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise WorkflowError(f"{path} is no text in UTF-8: {error}") from None
+    numbered = [
+        (number, line.split("\t"))
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.startswith("#")
+    ]
+    if len(numbered) < 2:
+        raise WorkflowError(
+            f"{path} has no rows: it needs a line of names (run, kind, args) and a line for each run, with tabs between"
+        )
+    (_, columns), *numbered = numbered
+    rows = []
+    for number, cells in numbered:
+        if len(cells) != len(columns):
+            raise WorkflowError(
+                f"{path}, line {number}: {len(cells)} cells, and the first line names {len(columns)}, "
+                f"with tabs between: {', '.join(columns)}"
+            )
+        row = dict(zip(columns, map(str.strip, cells)))
+        check(row, "runs.schema.yaml", f"{path}, line {number} (run {cells[0]!r})")
+        rows.append(row)
+    return pd.DataFrame(rows, dtype=str)
+
+
+RUNS = read_sheet(sheet_file)
 if repeated := sorted(RUNS["run"][RUNS["run"].duplicated()]):
     raise WorkflowError(f"{sheet_file}: run {repeated[0]!r} occurs twice")
 
@@ -122,7 +169,8 @@ def share_out(args, num_processes):
 
 
 # What a run is trained on: the text of the scale, its generated questions, or a mix of real sets.
-DATA_DIR = config.get("data_dir")
+# However the folder is written, it is the same one, and what was made of it stays.
+DATA_DIR = os.path.realpath(config["data_dir"]) if "data_dir" in config else None
 MIXES = config["mixes"]
 BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
 if "data" not in RUNS:
@@ -232,7 +280,9 @@ for name, value in {
 }.items():
     os.environ.setdefault(name, value)
 os.environ.update(
-    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+    # By this the jobs of this folder are known, see `end_orphans`.
+    MISA_WORKFLOW=os.getcwd(),
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
 )
 
 
@@ -255,20 +305,42 @@ def hold_lock():
 def end_orphans():
     """End jobs of an earlier run whose snakemake was killed: they would write beside the same job started again.
 
-    Nothing else can own them, since this run holds the lock; a run that was trained goes on from its checkpoint.
+    This run holds the lock, so that no snakemake waits for them any more; a run that was trained goes on from its
+    checkpoint. A command that someone started by hand has not the variable that jobs get.
     """
-    folder = str(Path.cwd())
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        words = process.info["cmdline"] or []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, variables = process.info["cmdline"] or [], process.info["environ"] or {}
         is_job = any(word.startswith("misa.") for word in words)
         is_ours = any(f"{OUT}/" in word for word in words)
-        if process.info["cwd"] == folder and is_job and is_ours:
+        if variables.get("MISA_WORKFLOW") == os.getcwd() and is_job and is_ours:
             print(
                 f"ending process {process.pid}, left over from a run that was killed",
                 file=sys.stderr,
             )
             process.kill()
             psutil.wait_procs([process], timeout=5)
+
+
+def check_frozen():
+    """Refuse committed tables that are not those which were collected from result files."""
+    for manifest in Path(TABLES).rglob("MANIFEST.json") if CACHED else ():
+        try:
+            described = {
+                manifest.parent / name: entry["sha256"]
+                for name, entry in json.loads(manifest.read_text())["tables"].items()
+            }
+        except (ValueError, TypeError, KeyError) as error:
+            raise WorkflowError(f"{manifest} is no manifest: {error!r}") from None
+        for table, digest in described.items():
+            # A study of one question keeps only what its own table is made from.
+            if (
+                table.is_file()
+                and hashlib.sha256(table.read_bytes()).hexdigest() != digest
+            ):
+                raise WorkflowError(
+                    f"{table} was changed since it was collected: its SHA-256 is not that of {manifest}; "
+                    "take the committed one back, or collect it anew"
+                )
 
 
 def name_left_out():

@@ -20,7 +20,7 @@ rule family:
         test=f"{OUT}/data/family/test.jsonl",
         digest=f"{OUT}/data/family/digest.json",
     log:
-        f"{LOGS}/family.log",
+        f"{LOGS}/data/family.log",
     conda:
         "../envs/misa.yaml"
     params:
@@ -42,7 +42,7 @@ rule corpus:
         tokenizer=directory(f"{OUT}/data/corpus/tokenizer"),
         digest=f"{OUT}/data/corpus/digest.json",
     log:
-        f"{LOGS}/corpus.log",
+        f"{LOGS}/data/corpus.log",
     conda:
         "../envs/misa.yaml"
     threads: THREADS
@@ -62,7 +62,7 @@ rule mix:
         train=f"{OUT}/data/{{mix}}/train.jsonl",
         digest=f"{OUT}/data/{{mix}}/digest.json",
     log:
-        f"{LOGS}/{{mix}}.log",
+        f"{LOGS}/data/{{mix}}.log",
     wildcard_constraints:
         mix=one_of(MIXES),
     conda:

@@ -10,7 +10,7 @@ rule evaluate_pretrained:
         result=f"{OUT}/evaluations/{{run}}/result.json",
         harness=f"{OUT}/evaluations/{{run}}/lm_eval.json",
     log:
-        f"{LOGS}/evaluate-{{run}}.log",
+        f"{LOGS}/evaluations/{{run}}.log",
     wildcard_constraints:
         run=one_of(runs_of("pretrain")),
     conda:
@@ -44,7 +44,7 @@ rule evaluate_finetuned:
         result=f"{OUT}/evaluations/{{run}}/result.json",
         harness=f"{OUT}/evaluations/{{run}}/lm_eval.json",
     log:
-        f"{LOGS}/evaluate-{{run}}.log",
+        f"{LOGS}/evaluations/{{run}}.log",
     wildcard_constraints:
         run=one_of([*base_runs(), *runs_of("finetune")]),
     conda:

@@ -13,9 +13,9 @@ rule pretrain:
         model=directory(f"{OUT}/runs/{{run}}/model"),
         snapshots=directory(f"{OUT}/runs/{{run}}/snapshots"),
     log:
-        f"{LOGS}/{{run}}.log",
+        f"{LOGS}/runs/{{run}}.log",
     benchmark:
-        f"{OUT}/benchmarks/{{run}}.tsv"
+        f"{OUT}/benchmarks/runs/{{run}}.tsv"
     wildcard_constraints:
         run=one_of(runs_of("pretrain")),
     conda:
@@ -54,9 +54,9 @@ rule finetune:
         curves=f"{OUT}/runs/{{run}}/curves.csv",
         model=directory(f"{OUT}/runs/{{run}}/model"),
     log:
-        f"{LOGS}/{{run}}.log",
+        f"{LOGS}/runs/{{run}}.log",
     benchmark:
-        f"{OUT}/benchmarks/{{run}}.tsv"
+        f"{OUT}/benchmarks/runs/{{run}}.tsv"
     wildcard_constraints:
         run=one_of(runs_of("finetune")),
     conda:
