@@ -34,10 +34,12 @@ def require_same_model(named: Sequence[tuple[str, Tensor]]) -> None:
 def copy_from_first(tensors: Sequence[Tensor]) -> None:
     """Give every process the tensors of process 0."""
     for t in tensors:
-        whole = t.detach().contiguous()
+        # Of an expanded buffer what is really there.
+        held = t.detach()[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]
+        whole = held if t.is_contiguous() else held.clone(memory_format=torch.contiguous_format)
         dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
-        if whole.data_ptr() != t.data_ptr():
-            t.copy_(whole)
+        if whole.data_ptr() != held.data_ptr():
+            held.copy_(whole)
 
 
 def from_first(value: Any) -> Any:

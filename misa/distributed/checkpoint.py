@@ -14,6 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from misa.distributed.wrapped import unwrapped
+
 if TYPE_CHECKING:
     from misa.distributed.workers import Workers
     from misa.optimizer.engine import BlockCoordinateOptimizer
@@ -26,9 +28,10 @@ def save(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
 
     Args:
         folder: Folder to write, on a disk that all processes see.
-        model: The model.
+        model: The model; of a wrapped or compiled one, what is inside.
         optimizer: Its optimizer.
     """
+    model = unwrapped(model, resting=False)
     dcp.save({MODEL: model.state_dict(), OPTIMIZER: optimizer.state_dict(in_parts=True)}, checkpoint_id=str(folder))
 
 
@@ -43,6 +46,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
     Raises:
         ValueError: If the checkpoint belongs to another model.
     """
+    model = unwrapped(model, resting=False)
     params = {name: p for group in optimizer.param_groups for name, p in _named(optimizer, group)}
     found = dcp.FileSystemReader(str(folder)).read_metadata()
     state: dict[str, Any] = {"state": {}}  # which has no entry where nothing holds state

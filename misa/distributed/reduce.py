@@ -60,12 +60,15 @@ class Exchange:
         sync: Whether the backward pass of the forward pass at hand is to be reduced.
         held: Whether reducing is held back until `settle`, or until a pass for which it is not.
         off: Whether something else reduces.
+        ordered: Whether what follows a gradient has to happen in one order on all processes, because it sends something
+            itself or draws random numbers.
     """
 
     def __init__(self, order: Iterable[Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
         self.sync = True
         self.held = False
         self.off = False
+        self.ordered = False
         self._bucket_bytes = bucket_bytes
         self._position = {p: i for i, p in enumerate(order)}
         self._then: dict[Tensor, Then | None] = {}
@@ -75,7 +78,7 @@ class Exchange:
         self._pass: list[_Bucket] = []  # what is sent in the backward pass at hand, in order
         self._num_sent = self._num_arrived = 0
         self._task = -1  # the backward pass at hand
-        self._behind = False  # whether gradients were accumulated that have not been reduced
+        self._behind = True  # whether there may be gradients, here or elsewhere, that have not been reduced
         self._missing: list[tuple[Tensor, Tensor]] = []
         self._used: Tensor | None = None
 
@@ -110,11 +113,19 @@ class Exchange:
             self._always.discard(p)
         self._plan = None
 
+    def knows(self, p: Tensor) -> bool:
+        """Whether a parameter is among those that may be watched."""
+        return p in self._position
+
     def settle(self) -> None:
-        """Reduce what was accumulated and not reduced yet."""
+        """Before a step: reduce what was accumulated and not reduced yet.
+
+        Also where no gradient came in this process at all: others, which have some, wait for it.
+        """
         if self._behind and not self.off:
             self._begin(reducing=True)
             self._end()
+        self._behind = True
 
     # ---- one backward pass -----------------------------------------------------------------------------------------
 
@@ -164,18 +175,21 @@ class Exchange:
         bucket = self._pass[self._num_sent]
         self._num_sent += 1
         last = self._num_sent == len(self._pass)
-        only = bucket.params[0].grad if len(bucket.params) == 1 else None
+        only = bucket.params[0].grad if len(bucket.params) == 1 and not self.ordered else None
         if only is not None and only.is_contiguous() and not last and only.nbytes >= self._bucket_bytes:
             bucket.flat = only.view(-1)
         else:
             pieces = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket.params]
-            if last:  # which parameters have a gradient in any process
-                has = [float(p.grad is not None) for b in self._pass for p in b.params]
+            if last or self.ordered:  # which parameters have a gradient in any process
+                told = [bucket] if self.ordered else self._pass
+                has = [float(p.grad is not None) for b in told for p in b.params]
                 pieces.append(torch.tensor(has, dtype=pieces[0].dtype, device=pieces[0].device))
             bucket.flat = torch.cat(pieces)
         bucket.flat.div_(dist.get_world_size())
         bucket.work = dist.all_reduce(bucket.flat, async_op=True)
-        while self._num_arrived < self._num_sent - 1 and self._pass[self._num_arrived].work.is_completed():
+        while self._num_arrived < self._num_sent - 1 and (
+            self.ordered or self._pass[self._num_arrived].work.is_completed()
+        ):
             self._take()
 
     def _arrive(self) -> None:
@@ -194,9 +208,13 @@ class Exchange:
         *pieces, used = flat.split([*(p.numel() for p in bucket.params), flat.numel() - bucket.numel])
         if used.numel():
             self._used = used
-        for p, piece in zip(bucket.params, pieces, strict=True):
+        for i, (p, piece) in enumerate(zip(bucket.params, pieces, strict=True)):
             if p.grad is None:
-                self._missing.append((p, piece.view(p.shape)))
+                if not self.ordered:
+                    self._missing.append((p, piece.view(p.shape)))
+                elif used[i] > 0:
+                    p.grad = piece.view(p.shape).clone()
+                    self._follow(p)
                 continue
             if piece.data_ptr() != p.grad.data_ptr():
                 p.grad.copy_(piece.view(p.shape))

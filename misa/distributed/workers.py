@@ -15,7 +15,7 @@ from misa.distributed import agree, sharded
 from misa.distributed.reduce import Exchange
 from misa.distributed.rows import Rows
 from misa.distributed.sharded import Sharding, is_sharded, settle_types
-from misa.distributed.wrapped import active_wrapper, rest
+from misa.distributed.wrapped import active_wrapper, rest, retire
 from misa.inner import BoundedAdam
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Workers:
         self._exchange: Exchange | None = None
         self._rows: Rows | None = None
         self._wrapper: weakref.ref[nn.Module] | None = None
+        self._stand_in: object = None
         self._handle: Any = None
         params = [p for _, p in self._named]
         if any(is_sharded(p) for p in params):
@@ -68,6 +69,7 @@ class Workers:
                 settle_types(source)
         elif self.size > 1:
             self._exchange = Exchange(params)
+            self._exchange.ordered = settings.step_in_backward
             if isinstance(source, nn.Module):
                 self._handle = source.register_forward_pre_hook(self._forward_hook())
             if settings.shard_state:
@@ -98,7 +100,16 @@ class Workers:
         return list(self._exchange.watch(params, then, always))
 
     def settle(self) -> None:
-        """Reduce gradients that were accumulated without it."""
+        """Reduce gradients that were accumulated without it.
+
+        Raises:
+            RuntimeError: If the optimizer was made before the process group, and trains alone.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.size:
+            raise RuntimeError(
+                f"the optimizer was made for {self.size} processes, and there are {dist.get_world_size()}: make it "
+                "after init_process_group, TrainingArguments or Accelerator()"
+            )
         if self._exchange is not None:
             self._exchange.settle()
 
@@ -169,9 +180,11 @@ class Workers:
             agree.require_equal(self._named)
 
     def close(self) -> None:
-        """Remove the hook from the model."""
+        """Remove the hook from the model, and leave its wrapper unusable rather than silent."""
         if self._handle is not None:
             self._handle.remove()
+        if self._wrapper is not None and (wrapper := self._wrapper()) is not None:
+            retire(wrapper, self._stand_in)
 
     @property
     def _device(self) -> torch.device:
@@ -197,8 +210,15 @@ class Workers:
             self._exchange.sync = True
             return
         if self._wrapper is None or self._wrapper() is not wrapper:
+            exchange = self._exchange
+            others = [name for name, p in wrapper.named_parameters() if p.requires_grad and not exchange.knows(p)]
+            if others:
+                raise ValueError(
+                    f"DistributedDataParallel: it holds parameters that the optimizer was not given, {others[0]} and "
+                    f"{len(others) - 1} more, whose gradients nobody would average; give it the whole model"
+                )
             self._exchange.off = not rest(wrapper)
-            self._wrapper = weakref.ref(wrapper)
+            self._wrapper, self._stand_in = weakref.ref(wrapper), wrapper.__dict__.get("reducer")
         self._exchange.sync = wrapper.require_backward_grad_sync
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +22,18 @@ class _AtRest:
     """Stands in the place of a reducer and its logger, and does nothing whatever it is asked."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
+        if name == "_get_zeros_like_grad_buckets":
+            raise RuntimeError("DistributedDataParallel.join(): not here; give each process the same number of batches")
         return lambda *args, **kwargs: None
+
+
+class _Retired:
+    """Stands there when the optimizer that reduced is gone: nobody reduces any more."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        raise RuntimeError(
+            "DistributedDataParallel: the optimizer that averaged its gradients was released; wrap the model anew"
+        )
 
 
 def active_wrapper() -> DistributedDataParallel | None:
@@ -29,16 +41,33 @@ def active_wrapper() -> DistributedDataParallel | None:
     return getattr(DistributedDataParallel, "_active_ddp_module", None)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel`, whose reducer is put to rest, and inside a compiled module."""
+def unwrapped(model: nn.Module, resting: bool = True) -> nn.Module:
+    """The model inside `DistributedDataParallel`, whose reducer is put to rest, and inside a compiled module.
+
+    Args:
+        model: The model, perhaps wrapped.
+        resting: Put the reducer to rest. Default True.
+    """
     while True:
         if isinstance(model, DistributedDataParallel):
-            rest(model)
+            if resting:
+                rest(model)
             model = model.module
         elif isinstance(inside := model._modules.get("_orig_mod"), nn.Module):
             model = inside
         else:
             return model
+
+
+def retire(wrapper: nn.Module, stand_in: object) -> None:
+    """Let a wrapper whose reducer rests refuse to train on: its buckets are gone, so it cannot reduce again.
+
+    Args:
+        wrapper: The wrapper.
+        stand_in: What was put in the place of its reducer; if that is another one now, somebody else has it.
+    """
+    if wrapper.__dict__.get("reducer") is stand_in:
+        wrapper.__dict__.update(dict.fromkeys(_REDUCER, _Retired()))
 
 
 def rest(wrapper: DistributedDataParallel) -> bool:
@@ -58,12 +87,16 @@ def rest(wrapper: DistributedDataParallel) -> bool:
         raise ValueError(f"DistributedDataParallel(static_graph=True): blocks switch on and off, so it is not; {works}")
     if getattr(wrapper, "_comm_hooks", None):
         raise ValueError(f"DistributedDataParallel with a communication hook: gradients would pass it by; {works}")
+    if dist.get_world_size(wrapper.process_group) != dist.get_world_size():
+        raise ValueError(
+            f"DistributedDataParallel(process_group=...): it holds {dist.get_world_size(wrapper.process_group)} of "
+            f"{dist.get_world_size()} processes, and gradients are averaged over all of them"
+        )
     if getattr(wrapper, "mixed_precision", None) is not None:
         raise ValueError(f"DistributedDataParallel(mixed_precision=...): {works}, with torch.autocast")
     state: dict[str, Any] = wrapper.__dict__
-    if isinstance(state.get("reducer"), _AtRest):
-        return True
-    if all(name in state for name in _REDUCER):
+    # Another one each time, by which an optimizer sees that a later one has the wrapper.
+    if isinstance(state.get("reducer"), (_AtRest, _Retired)) or all(name in state for name in _REDUCER):
         state.update(dict.fromkeys(_REDUCER, _AtRest()))
         return True
     if not wrapper.find_unused_parameters:

@@ -79,7 +79,8 @@ def warn_if_unreached(num_steps: int, interval: int, active: tuple[str, ...]) ->
         warnings.warn(
             f"{num_steps} steps in a row found no gradient: the loss does not reach the active blocks "
             f"{', '.join(active[:3])}, and no others are drawn before these had their steps. Keep blocks that the loss "
-            "does not use from being drawn, by exclude=",
+            "does not use from being drawn, by exclude=; or something replaced the parameters since the optimizer was "
+            "made (fully_shard, loading with assign=True), which has to come first",
             stacklevel=4,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -228,6 +229,8 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     )
     trainer.create_optimizer()  # here, where what is wrong with its settings is the user's
     trainer.stop_on_nan = job.run.stop_on_nan
+    # A run that goes on reports the losses of its other steps: one that is no number would spoil every sum after it.
+    trainer.args.logging_nan_inf_filter |= not job.run.stop_on_nan
     if (watch := MemoryWatch.of(job, built.model, plan, meter)) is not None:
         trainer.watch = watch
         trainer.add_callback(watch)
@@ -372,6 +375,9 @@ def _run_command(prog: str, job: Callable[[], Job], held: contextlib.ExitStack) 
         # From here on an error is one of the program, and shows where it comes from.
         if not isinstance(begun, Result):
             _complete(asked, *begun)
+        # The group of processes must not end inside the destructor of a wrapper that still holds it.
+        del begun
+        gc.collect()
         if dist.is_initialized() and not began:
             dist.destroy_process_group()
         if first and asked.evaluation is not None:

@@ -41,6 +41,16 @@ CASES: dict[str, dict[str, Any]] = {
     "state shared out, step in backward": {"shard_state": True, "step_in_backward": True},
     "state shared out, part without gradient": {"shard_state": True, "skips": True, "always_on": ("head",)},
     "part without gradient": {"skips": True, "always_on": ("head",)},
+    "process without any gradient": {"skips": True},
+    "process without any gradient, accumulation": {"skips": True, "accumulation": 2, "holds": True},
+    "step in backward, part without gradient": {"skips": True, "always_on": ("head",), "step_in_backward": True},
+    "state shared out, step in backward, small buckets": {
+        "shard_state": True,
+        "step_in_backward": True,
+        "bucket_bytes": 100,
+        "skips": True,
+        "always_on": ("head",),
+    },
 }
 
 # Those that are tried with four processes, too.
@@ -54,6 +64,8 @@ OF_FOUR = (
     "state shared out",
     "state shared out, always on",
     "part without gradient",
+    "process without any gradient",
+    "state shared out, step in backward, small buckets",
 )
 
 
@@ -120,7 +132,9 @@ def train(
             waits = holds and part < accumulation - 1
             hold = contextlib.nullcontext() if not waits else (model if wrap and size > 1 else optimizer).no_sync()
             with hold:
-                (_loss(model, step * accumulation + part, rank, size, skips) / accumulation).backward()
+                loss = _loss(model, step * accumulation + part, rank, size, skips) / accumulation
+                if loss.requires_grad:
+                    loss.backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(inner.parameters(), clip)
         optimizer.step()

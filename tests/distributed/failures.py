@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
 from benchmarks.distributed import Traffic
-from misa.distributed import wrapped
+from misa.distributed import checkpoint, wrapped
 from misa.optimizer import MISA
 
 
@@ -71,6 +71,57 @@ def mixed_precision() -> str:
     # What its argument of this name sets, which the constructor takes on a GPU only.
     model.mixed_precision = _MixedPrecision(param_dtype=torch.bfloat16)
     return message(lambda: MISA(model, budget=0.3))
+
+
+def one_of_two_groups() -> str:
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    return message(lambda: MISA(DistributedDataParallel(llama(2), process_group=groups[dist.get_rank()]), budget=0.3))
+
+
+def head_of_somebody_else() -> str:
+    model = DistributedDataParallel(llama(2))
+    optimizer = MISA(model.module.model, budget=0.3)
+    return message(lambda: _step(model, optimizer, 0))
+
+
+def made_before_the_group() -> str:
+    is_initialized, dist.is_initialized = dist.is_initialized, lambda: False
+    try:
+        model = llama(2)
+        optimizer = MISA(model, budget=0.3)
+    finally:
+        dist.is_initialized = is_initialized
+    return message(lambda: _step(model, optimizer, 0))
+
+
+def released() -> tuple[str, str]:
+    """A wrapper whose optimizer is gone, and one that another optimizer has by then."""
+    said = []
+    for has_another in (False, True):
+        model = DistributedDataParallel(llama(2))
+        optimizer = MISA(model, budget=0.3)
+        _step(model, optimizer, 0)
+        other = MISA(model, budget=0.3) if has_another else torch.optim.SGD(model.parameters())
+        optimizer.release()
+        said.append(message(lambda model=model, other=other: _step(model, other, 1)))
+    return said[0], said[1]
+
+
+def expanded_buffer() -> bool:
+    model = llama(2)
+    model.register_buffer("wide", torch.full((1,), float(dist.get_rank())).expand(5))
+    MISA(model, budget=0.3)
+    return model.wide.tolist() == [0.0] * 5
+
+
+def checkpoint_of_wrapped(folder: str) -> bool:
+    """What is saved of a wrapped model loads into a bare one."""
+    wrapped_model, model = DistributedDataParallel(llama(2)), llama(2)
+    optimizer, other = (MISA(one, budget=0.3, interval=2, seed=0) for one in (wrapped_model, model))
+    _step(wrapped_model, optimizer, 0)
+    checkpoint.save(folder, wrapped_model, optimizer)
+    checkpoint.load(folder, model, other)
+    return all(torch.equal(p, q) for p, q in zip(wrapped_model.module.parameters(), model.parameters(), strict=True))
 
 
 def wrapper_is_alive() -> tuple[bool, bool]:
@@ -130,9 +181,10 @@ def copies() -> bool:
 
 CALLS = (
     *(drift, other_models, static_graph, static_graph_later, communication_hook, mixed_precision, wrapper_is_alive),
-    *(without_switch, copies, bytes_sent),
+    *(without_switch, copies, bytes_sent, one_of_two_groups, head_of_somebody_else, made_before_the_group, released),
+    expanded_buffer,
 )
 
 
-def all_failures() -> dict[str, Any]:
-    return {call.__name__: call() for call in CALLS}
+def all_failures(folder: str) -> dict[str, Any]:
+    return {call.__name__: call() for call in CALLS} | {"checkpoint": checkpoint_of_wrapped(folder)}

@@ -27,8 +27,8 @@ def several(together: Callable[..., list[Any]]) -> dict[int, list[dict[str, dict
 
 
 @pytest.fixture(scope="module")
-def failures(together: Callable[..., list[Any]]) -> list[dict[str, Any]]:
-    return together(2, all_failures)
+def failures(together: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return together(2, all_failures, str(tmp_path_factory.mktemp("checkpoint")))
 
 
 @pytest.mark.support(DATA_PARALLEL)
@@ -78,6 +78,40 @@ def test_wrapper_settings_that_cannot_work_are_refused_before_the_first_step(
     for found in failures:
         assert found[name].startswith("ValueError: DistributedDataParallel")
         assert "use DistributedDataParallel(model) without it, or no wrapper at all" in found[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("one_of_two_groups", "ValueError: DistributedDataParallel(process_group=...): it holds 1 of 2 processes"),
+        (
+            "head_of_somebody_else",
+            "ValueError: DistributedDataParallel: it holds parameters that the optimizer was not",
+        ),
+        (
+            "made_before_the_group",
+            "RuntimeError: the optimizer was made for 1 processes, and there are 2: make it after",
+        ),
+    ],
+)
+def test_processes_that_would_train_apart_are_refused(failures: list[dict[str, Any]], name: str, words: str) -> None:
+    for found in failures:
+        assert found[name].startswith(words)
+
+
+def test_wrapper_of_a_released_optimizer_says_so(failures: list[dict[str, Any]]) -> None:
+    for found in failures:
+        alone, with_another = found["released"]
+        assert "the optimizer that averaged its gradients was released; wrap the model anew" in alone
+        assert with_another == ""
+
+
+def test_expanded_buffer_is_that_of_the_first_process(failures: list[dict[str, Any]]) -> None:
+    assert all(found["expanded_buffer"] for found in failures)
+
+
+def test_checkpoint_of_a_wrapped_model_loads_into_a_bare_one(failures: list[dict[str, Any]]) -> None:
+    assert all(found["checkpoint"] for found in failures)
 
 
 def test_buckets_of_the_wrapper_are_freed(failures: list[dict[str, Any]]) -> None:
