@@ -64,9 +64,10 @@ def retire(wrapper: nn.Module, stand_in: object) -> None:
 
     Args:
         wrapper: The wrapper.
-        stand_in: What was put in the place of its reducer; if that is another one now, somebody else has it.
+        stand_in: What the optimizer saw in the place of its reducer. If another one is there now, somebody else has the
+            wrapper; if it is a reducer, it goes on.
     """
-    if wrapper.__dict__.get("reducer") is stand_in:
+    if isinstance(stand_in, _AtRest) and wrapper.__dict__.get("reducer") is stand_in:
         wrapper.__dict__.update(dict.fromkeys(_REDUCER, _Retired()))
 
 

@@ -229,8 +229,6 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     )
     trainer.create_optimizer()  # here, where what is wrong with its settings is the user's
     trainer.stop_on_nan = job.run.stop_on_nan
-    # A run that goes on reports the losses of its other steps: one that is no number would spoil every sum after it.
-    trainer.args.logging_nan_inf_filter |= not job.run.stop_on_nan
     if (watch := MemoryWatch.of(job, built.model, plan, meter)) is not None:
         trainer.watch = watch
         trainer.add_callback(watch)

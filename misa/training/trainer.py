@@ -92,6 +92,15 @@ class Trainer(transformers.Trainer):
         sampler = super()._get_train_sampler(train_dataset)
         return SeededSampler(len(dataset), seed) if isinstance(sampler, RandomSampler) else sampler
 
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Log, evaluate and save where it is time to, and begin the next sum of losses with nothing.
+
+        transformers takes a sum away from itself, which leaves one that is no number as it is, for good.
+        """
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        if self._globalstep_last_logged == self.state.global_step:
+            tr_loss.zero_()
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count the tokens that are not padding, also where no attention mask tells them apart.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from misa import pretrain, train
 from misa.data import instruction
@@ -242,6 +243,23 @@ def test_diverged_run_can_go_on_and_says_so(pretrain_words: Callable[..., list[s
     result = read_result(tmp_path / "wild")
     assert not math.isfinite(result.metrics["final_train_loss"])
     assert not math.isfinite(result.metrics["eval_loss"])
+
+
+def test_loss_that_is_no_number_spoils_no_later_one(
+    pretrain_words: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = transformers.Trainer.training_step
+
+    def one_is_none(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 1 else loss
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", one_is_none)
+    options = {"method": "adamw", "max_steps": 4, "logging_steps": 1, "stop_on_nan": "false"}
+    assert pretrain.main(pretrain_words("one", **options)) == 0
+    losses = [point.value for point in read_curves(tmp_path / "one") if point.metric == "train_loss"]
+    assert [math.isfinite(loss) for loss in losses] == [True, False, True, True]
+    assert math.isfinite(read_result(tmp_path / "one").metrics["eval_loss"])
 
 
 def test_full_disk_is_found_before_training(
