@@ -32,12 +32,21 @@ if "pretrain" not in config:
     configfile: str(scales[scale])
 
 
-def check(values, schema_file, where):
-    """Refuse values that a schema does not allow, in words that name the place, the value and what is allowed."""
-    schema = yaml.safe_load(
-        Path(workflow.basedir, "workflows", "schemas", schema_file).read_text()
+VALIDATORS = {
+    name: Draft202012Validator(
+        yaml.safe_load(
+            Path(
+                workflow.basedir, "workflows", "schemas", f"{name}.schema.yaml"
+            ).read_text()
+        )
     )
-    for error in Draft202012Validator(schema).iter_errors(values):
+    for name in ("config", "runs")
+}
+
+
+def check(values, schema, where):
+    """Refuse values that a schema does not allow, in words that name the place, the value and what is allowed."""
+    for error in VALIDATORS[schema].iter_errors(values):
         places = [where, ".".join(map(str, error.absolute_path)), error.message]
         allowed = ""
         if error.validator == "additionalProperties":
@@ -47,7 +56,7 @@ def check(values, schema_file, where):
         raise WorkflowError(f"{': '.join(filter(None, places))}{allowed}")
 
 
-check(dict(config), "config.schema.yaml", "configuration")
+check(dict(config), "config", "configuration")
 
 
 SCALE = config["scale"]
@@ -144,7 +153,7 @@ def read_sheet(path):
                 f"with tabs between: {', '.join(columns)}"
             )
         row = dict(zip(columns, map(str.strip, cells)))
-        check(row, "runs.schema.yaml", f"{path}, line {number} (run {cells[0]!r})")
+        check(row, "runs", f"{path}, line {number} (run {cells[0]!r})")
         rows.append(row)
     return pd.DataFrame(rows, dtype=str)
 
