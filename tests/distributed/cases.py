@@ -41,8 +41,13 @@ CASES: dict[str, dict[str, Any]] = {
     "state shared out, step in backward": {"shard_state": True, "step_in_backward": True},
     "state shared out, part without gradient": {"shard_state": True, "skips": True, "always_on": ("head",)},
     "part without gradient": {"skips": True, "always_on": ("head",)},
-    "process without any gradient": {"skips": True},
-    "process without any gradient, accumulation": {"skips": True, "accumulation": 2},
+    "process without any gradient": {"skips": True, "include": ("layers.1.*",), "budget": 0.5},
+    "process without any gradient, accumulation": {
+        "skips": True,
+        "accumulation": 2,
+        "include": ("layers.1.*",),
+        "budget": 0.5,
+    },
     "step in backward, part without gradient": {"skips": True, "always_on": ("head",), "step_in_backward": True},
     "state shared out, step in backward, small buckets": {
         "shard_state": True,
