@@ -43,7 +43,8 @@ def mean_sq_norm(
         seed: Of the blocks drawn.
 
     Returns:
-        Mean of \(\lVert\nabla f(\theta_k)\rVert^2\) over \(k = 0 .. K-1\), every `problem.measure_every`-th of them.
+        Mean of \(\lVert\nabla f(\theta_k)\rVert^2\) over \(k = 0 .. K-1\). Every one is measured: of a part of them,
+        the first, which is large, would weigh more in shorter runs, and the slope would be that of its weight.
     """
     from misa.optimizer import MISA, partition
 
@@ -56,24 +57,25 @@ def mean_sq_norm(
         inner_kwargs={"momentum_step": momentum_step},
         seed=seed,
     )
-    total, count = 0.0, 0
-    for step in range(num_updates):
-        if step % problem.measure_every == 0:
-            total += problem.full_sq_norm()
-            count += 1
+    total = 0.0
+    for _ in range(num_updates):
+        total += problem.full_sq_norm()
         problem.loss().backward()
         optimizer.step()
         optimizer.zero_grad()
     optimizer.release()
-    return total / count
+    return total / num_updates
 
 
-def fit_slope(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Slope:
+def fit_slope(x: Sequence[float], y: Sequence[float], seeds: Sequence[int] | None = None, level: float = 0.95) -> Slope:
     """Least-squares slope of log y against log x, with Student's confidence interval.
 
     Args:
-        x: Positive, at least two different values; several y may share one (seeds).
+        x: Positive, at least two different values (for each seed).
         y: Positive.
+        seeds: Of each point. Runs with one seed start at one place, so points of one seed are no independent ones:
+            with several seeds the slope is the mean of theirs, and the interval is that of this mean. With one, or
+            None, the interval says how far the points are from a line, and nothing of other seeds.
         level: Of the confidence interval.
 
     Returns:
@@ -88,9 +90,17 @@ def fit_slope(x: Sequence[float], y: Sequence[float], level: float = 0.95) -> Sl
     if not np.all(np.isfinite(values)) or np.any(values <= 0):
         raise ValueError("x and y must be positive and finite to have logarithms")
     points = np.log(values)
-    if len(np.unique(points[0])) < 2:
-        raise ValueError(f"x has {len(np.unique(points[0]))} different values; a slope needs at least 2")
-    fit = stats.linregress(*points)
-    freedom = points.shape[1] - 2
-    half = float(fit.stderr * stats.t.ppf((1 + level) / 2, freedom)) if freedom > 0 else math.inf
-    return Slope(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half)
+    of_seed = np.zeros(points.shape[1]) if seeds is None else np.asarray(seeds)
+    fits = []
+    for seed in np.unique(of_seed):
+        own = points[:, of_seed == seed]
+        if len(np.unique(own[0])) < 2:
+            raise ValueError(f"x has {len(np.unique(own[0]))} different values; a slope needs at least 2")
+        fits.append(stats.linregress(*own))
+    if len(fits) > 1:
+        found = np.array([fit.slope for fit in fits])
+        value, error, freedom = float(found.mean()), float(stats.sem(found)), len(fits) - 1
+    else:
+        value, error, freedom = float(fits[0].slope), float(fits[0].stderr), points.shape[1] - 2
+    half = error * float(stats.t.ppf((1 + level) / 2, freedom)) if freedom > 0 else math.inf
+    return Slope(value, value - half, value + half)

@@ -121,7 +121,7 @@ def measure_rate(settings: RateArguments, command: list[str]) -> Path:
 
 
 def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Slope and 95% interval of every problem, interval and treatment of line 16, over all seeds.
+    """Slope and 95% interval of every problem, interval and treatment of line 16; see `fit_slope`.
 
     Args:
         rows: Of `rate.csv`.
@@ -137,7 +137,7 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
         line = "with" if row["momentum_step"] else "without"
         groups.setdefault(f"{row['problem']}/T{row['interval']}/{line}", []).append(row)
     for name, own in groups.items():
-        found = fit_slope([row["num_updates"] for row in own], [row["mean_sq_norm"] for row in own])
+        found = fit_slope(*([row[column] for row in own] for column in ("num_updates", "mean_sq_norm", "seed")))
         values = zip(("slope", "slope_low", "slope_high"), found, strict=True)
         metrics |= {f"{name}/{key}": value for key, value in values}
     return metrics

@@ -58,7 +58,7 @@ def plot(table: pd.DataFrame) -> Figure:
                     (line,) = curves.plot(means.index, means, linestyle=dash, fillstyle=fill, **look)
                     if with_step:
                         handles[f"T = {interval}"] = line
-                    found = fit_slope(rows["num_updates"].tolist(), rows["mean_sq_norm"].tolist())
+                    found = fit_slope(*(rows[name].tolist() for name in ("num_updates", "mean_sq_norm", "seed")))
                     y = i + (-0.17 if with_step else 0.17)
                     error = [[found.value - found.low], [found.high - found.value]]
                     slopes.errorbar(found.value, y, xerr=error, capsize=2, markersize=3.5, fillstyle=fill, **look)

@@ -13,6 +13,14 @@ from misa.dynamics.rate import fit_slope, mean_sq_norm
 from misa.optimizer import partition
 
 
+@pytest.fixture
+def tiny_llama():
+    from misa.models import build_model, model_config
+
+    config = model_config("2m", 64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return build_model(config, seed=0)
+
+
 def test_waves_full_gradient_is_the_mean_of_what_steps_see():
     problem = Waves(seed=1)
     parameters = list(problem.parameters())
@@ -32,11 +40,8 @@ def test_waves_are_as_smooth_as_said_and_not_convex():
     assert curvature.max() <= problem.smoothness == pytest.approx(1.9)
 
 
-def test_llama_full_gradient_is_that_of_the_whole_population_and_leaves_no_trace():
-    from misa.models import build_model, model_config
-
-    config = model_config("2m", 64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    model = build_model(config, seed=0)
+def test_llama_full_gradient_is_that_of_the_whole_population_and_leaves_no_trace(tiny_llama):
+    model = tiny_llama
     ids = torch.arange(3 * 2 * 8).remainder(64).reshape(3, 2, 8)
     problem = SmallLlama(model, [{"input_ids": x, "labels": x} for x in ids])
     frozen = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
@@ -66,6 +71,42 @@ def test_slope_of_an_exact_power_and_of_noise():
         fit_slope([5, 5], [1, 2])
     with pytest.raises(ValueError, match="positive and finite"):
         fit_slope([1, 2], [0, 1])
+
+
+def test_slope_over_seeds_is_the_mean_of_theirs_with_the_spread_between_them():
+    x = [100, 200, 400] * 3
+    slopes = (-0.4, -0.5, -0.9)
+    y = [k**slope for slope in slopes for k in x[:3]]
+    value, low, high = fit_slope(x, y, [0] * 3 + [1] * 3 + [2] * 3)
+    assert value == pytest.approx(-0.6)
+    half = 4.302652729911275 * np.std(slopes, ddof=1) / 3**0.5  # Student's t with two degrees of freedom
+    assert (high - value, value - low) == (pytest.approx(half), pytest.approx(half))
+    assert fit_slope(x[:3], y[:3], [0] * 3).value == pytest.approx(-0.4)
+    with pytest.raises(ValueError, match="has 1 different values"):
+        fit_slope([1, 2, 1, 1], [1, 2, 3, 4], [0, 0, 1, 1])
+
+
+def test_every_update_counts_as_much_in_the_mean(tiny_llama):
+    class Counting(SmallLlama):
+        def full_sq_norm(self):
+            found.append(super().full_sq_norm())
+            return found[-1]
+
+    found = []
+    ids = torch.arange(3 * 2 * 8).remainder(64).reshape(3, 2, 8)
+    problem = Counting(tiny_llama, [{"input_ids": x, "labels": x} for x in ids])
+    mean = mean_sq_norm(problem, 30, 3, 0.05, 0.5, True, seed=0)
+    assert len(found) == 30
+    assert mean == pytest.approx(sum(found) / 30)
+
+
+def test_batches_of_other_lengths_weigh_the_same_each(tiny_llama):
+    model = tiny_llama
+    batches = [{"input_ids": x, "labels": x} for x in (torch.arange(8)[None], torch.arange(20)[None] + 9)]
+    found = SmallLlama(model, batches).full_sq_norm()
+    sum(model(**batch).loss / 2 for batch in batches).backward()
+    expected = sum(float(p.grad.square().sum()) for block in partition(model) for _, p in block.params)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_longer_runs_with_smaller_steps_end_nearer_to_a_stationary_point():
