@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -23,6 +24,7 @@ NORM_COLUMNS = ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_nor
 VARIANCE_COLUMNS = ("snapshot", "step", "scheme", "quantity", "value")
 #: Step of a snapshot of which nothing says at which step it was taken.
 UNKNOWN_STEP = -1
+_NUMBERED = re.compile(r".*?(?:checkpoint|step)[-_]?(\d+)")
 VERBS = {
     "variance": "variance of the gradient under each sampling scheme",
     "rate": "rate of convergence of Algorithm 1 against the published one",
@@ -62,6 +64,8 @@ class VarianceArguments:
                 f"follow_rounds is {self.follow_rounds} and interval {self.interval}; allowed are 0, or at least 2 "
                 "rounds of at least 4 steps"
             )
+        if self.follow_rounds and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive and finite")
         for name in ("budget", "effective_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in (0, 1]")
@@ -162,6 +166,7 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
         )
         metrics[f"{snapshot.name}/full_sq_norm"] = float(gradients.sq_norm.sum())
         metrics[f"{snapshot.name}/noise_to_signal"] = float(gradients.noise.sum() / gradients.sq_norm.sum())
+        metrics[f"{snapshot.name}/unbiased_sq_norm"] = float(gradients.unbiased_sq_norm.sum())
         for scheme, row in table.items():
             variances += [columns | {"scheme": scheme, "quantity": key, "value": value} for key, value in row.items()]
             for key in ("relative_variance", "captured_share", "effective_blocks", "variance_agreement"):
@@ -171,6 +176,9 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
                 f"{100 * row['variance_agreement']:+.2f} %), captured {100 * row['captured_share']:.3g} %, "
                 f"effective blocks {row['effective_blocks']:.3g}"
             )
+    # Before the rounds are followed, which may find something wrong.
+    write_csv(folder / "gradient_norms.csv", NORM_COLUMNS, norms)
+    write_csv(folder / "variance.csv", VARIANCE_COLUMNS, variances)
     stale = [
         row
         for own in of_run.values()
@@ -180,8 +188,6 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
         stale += follow_last(snapshots[-1], of_run[snapshots[-1].run][-1][2], settings)
     metrics |= mean_staleness(stale)
     write_csv(folder / "staleness.csv", STALENESS_COLUMNS, stale)
-    write_csv(folder / "gradient_norms.csv", NORM_COLUMNS, norms)
-    write_csv(folder / "variance.csv", VARIANCE_COLUMNS, variances)
     result = Result(
         run=settings.run,
         kind="variance",
@@ -295,7 +301,10 @@ def find_snapshots(models: list[str]) -> list[Snapshot]:
             snapshots += [Snapshot(f"{run}-{step}", str(inside), step, run) for step, inside in steps]
             continue
         own = run if whole.name == "model" else whole.name
-        run = run if whole.name == "model" or not equals else name
+        if equals and whole.name != "model":
+            run = name
+        elif whole.name != "model" and _NUMBERED.fullmatch(whole.name) is None:
+            run = str(whole)  # nothing says that a folder beside it is of the same run
         snapshots.append(Snapshot(name if equals else own, str(folder), snapshot_step(folder), run))
     names = [snapshot.name for snapshot in snapshots]
     if len(set(names)) < len(names):
@@ -308,7 +317,7 @@ def snapshot_step(folder: Path) -> int:
     state = folder / "trainer_state.json"
     if state.is_file():
         return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
-    numbered = re.fullmatch(r".*?(?:checkpoint|step)[-_]?(\d+)", folder.resolve().name)
+    numbered = _NUMBERED.fullmatch(folder.resolve().name)
     if numbered:
         return int(numbered.group(1))
     if (folder.parent / "curves.csv").is_file():

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from misa.dynamics.variance import SCHEMES, BlockGradients, draw_of, monte_carlo, quantities
+from misa.dynamics.variance import (
+    SCHEMES,
+    BlockGradients,
+    draw_of,
+    explained_share,
+    monte_carlo,
+    quantities,
+    unbiased_quantities,
+    variance_parts,
+)
 
 # The optimizers' sampler draws one set at a time.
-MOST_REAL_DRAWS = 1_000
+MOST_REAL_DRAWS = 10_000
 
 
 def real_draws(
@@ -35,7 +44,9 @@ def real_draws(
 
     Returns:
         `real_active_share`, `real_captured_share`, `real_applied_bias_sq` and `real_applied_mse` (over the squared norm
-        of the full gradient, as the shares are), from the counted inclusion probabilities; nothing if no unit fits.
+        of the full gradient, as the shares are), `real_explained_share`, `real_relative_variance` (of the estimator
+        that weighs by these probabilities; left out where a block was never drawn), and the `unbiased_quantities` as
+        `real_unbiased_...`; all from the counted inclusion probabilities. Nothing if no unit fits.
     """
     from misa.optimizer.sampling import BlockSampler
 
@@ -53,12 +64,16 @@ def real_draws(
     inclusion = (counts / num_draws)[draw.units]
     total = float(gradients.sq_norm.sum())
     mse = (1 - inclusion) * gradients.sq_norm + inclusion * gradients.noise
-    return {
+    found = {
         "real_active_share": float((inclusion * gradients.numel).sum()) / gradients.num_parameters,
         "real_captured_share": float((inclusion * gradients.sq_norm).sum()) / total,
         "real_applied_bias_sq": float(((1 - inclusion) ** 2 * gradients.sq_norm).sum()) / total,
         "real_applied_mse": float(mse.sum()) / total,
+        "real_explained_share": explained_share(gradients.sq_norm, gradients.second_moment, inclusion),
+        "real_relative_variance": sum(variance_parts(gradients, inclusion)) / total,
+        **{f"real_{name}": value for name, value in unbiased_quantities(gradients, inclusion).items()},
     }
+    return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
 def compare(

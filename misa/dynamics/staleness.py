@@ -25,7 +25,7 @@ import torch
 from misa.dynamics.gradients import block_gradients
 from misa.dynamics.variance import Array, BlockGradients, importance_weights, inclusion_probabilities, variance_parts
 
-COLUMNS = ("snapshot", "step", "source", "age", "quantity", "value")
+COLUMNS = ("snapshot", "step", "policy", "source", "age", "quantity", "value")
 
 Row = dict[str, Any]
 
@@ -107,7 +107,8 @@ def between(
     """Rows for every pair of an earlier and a later snapshot of one run.
 
     Args:
-        snapshots: Name, step and gradients, of one run in the order of the steps.
+        snapshots: Name, step and gradients, of one run in the order of the steps; one of an unknown step (below 0) or
+            with other blocks has no pair.
         budget: Share of all parameters.
         effective_share: For the automatic eta of the draws.
 
@@ -116,18 +117,23 @@ def between(
         capture that is lost by drawing with the old ones.
     """
     for (_, before, old), (name, step, new) in itertools.combinations(snapshots, 2):
-        yield from _aged(name, step, "snapshot", step - before, old.scores, new, budget, effective_share)
+        if before < 0 or old.numel.tolist() != new.numel.tolist():
+            continue  # not two moments of one run
+        yield from _aged(name, step, "", "snapshot", step - before, old.scores, new, budget, effective_share)
 
 
 def mean_staleness(rows: Sequence[Row]) -> dict[str, float]:
-    """Means over snapshots and rounds: `staleness/<source>/<age>/<quantity>`.
+    """Means over snapshots and rounds: `staleness/[<policy>/]<source>/<age>/<quantity>`.
+
+    The weights of each policy are others, so references are compared with the scores of the same policy alone.
 
     Args:
         rows: Of `staleness.csv`.
     """
     values: dict[str, list[float]] = {}
     for row in rows:
-        values.setdefault(f"staleness/{row['source']}/{row['age']}/{row['quantity']}", []).append(row["value"])
+        path = [row["policy"], row["source"], str(row["age"]), row["quantity"]]
+        values.setdefault("/".join(["staleness", *filter(None, path)]), []).append(row["value"])
     return {name: float(np.mean(own)) for name, own in values.items()}
 
 
@@ -152,8 +158,9 @@ def follow(
         step: Of the snapshot.
 
     Yields:
-        Rows of `staleness.csv` with the sources of `POLICIES` (age 0, at the start of each round but the first), of
-        `references`, and `round_start` (at the middle and the end of each round).
+        Rows of `staleness.csv`, each with the policy whose weights it is about, with its own name as the source (age 0,
+        at the start of each round but the first), of `references`, and `round_start` (at the middle and the end of
+        each round).
 
     Raises:
         ValueError: If the interval is below 4, or no block fits the budget.
@@ -189,9 +196,9 @@ def follow(
                     "rank_correlation": rank_correlation(stored, start.scores),
                     "effective_blocks": float(1 / (p**2).sum()),
                 }
-                yield from _rows(name, now, policy, 0, found)
+                yield from _rows(name, now, policy, policy, 0, found)
                 for other, values in references(start, settings.budget, settings.effective_share).items():
-                    yield from _rows(name, now, other, 0, values)
+                    yield from _rows(name, now, policy, other, 0, values)
             for k in range(1, settings.interval + 1):
                 trained(**next(source)).loss.backward()
                 optimizer.step()
@@ -200,14 +207,22 @@ def follow(
                 if policy == "eta1" and k in (settings.interval // 2, settings.interval):
                     present = fresh(trained)
                     yield from _aged(
-                        *(name, now + k, "round_start", k, start.scores, present),
+                        *(name, now + k, policy, "round_start", k, start.scores, present),
                         *(settings.budget, settings.effective_share),
                     )
         optimizer.release()
 
 
 def _aged(
-    name: str, step: int, source: str, age: int, old: Array, new: BlockGradients, budget: float, effective_share: float
+    name: str,
+    step: int,
+    policy: str,
+    source: str,
+    age: int,
+    old: Array,
+    new: BlockGradients,
+    budget: float,
+    effective_share: float,
 ) -> Iterator[Row]:
     by_old, by_new = (
         worth(new, importance_weights(scores, "auto", effective_share), budget) for scores in (old, new.scores)
@@ -217,9 +232,9 @@ def _aged(
         "captured_lost": 1 - by_old["captured_share"] / by_new["captured_share"],
         "variance_gained": by_old["relative_variance"] / by_new["relative_variance"] - 1,
     }
-    yield from _rows(name, step, source, age, values)
+    yield from _rows(name, step, policy, source, age, values)
 
 
-def _rows(name: str, step: int, source: str, age: int, values: Row) -> Iterator[Row]:
-    for quantity, value in values.items():
-        yield {"snapshot": name, "step": step, "source": source, "age": age, "quantity": quantity, "value": value}
+def _rows(name: str, step: int, policy: str, source: str, age: int, values: Row) -> Iterator[Row]:
+    for row in values.items():
+        yield dict(zip(COLUMNS, (name, step, policy, source, age, *row), strict=True))

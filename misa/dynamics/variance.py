@@ -62,6 +62,15 @@ class BlockGradients:
         return np.asarray(self.batch_inner.mean(axis=0))
 
     @property
+    def unbiased_sq_norm(self) -> Array:
+        r"""\(G_b - \sigma_b^2 / (N - 1)\), shape `[B]`: of the data that the batches are a sample of.
+
+        The mean gradient of \(N\) batches still has noise in it, which adds \(1/N\) of a batch's to its squared norm.
+        What is left is unbiased, and below zero where it is lost in the noise; its sums over blocks are less so.
+        """
+        return np.asarray(self.sq_norm - self.noise / (len(self.batch_sq_norm) - 1))
+
+    @property
     def second_moment(self) -> Array:
         r"""\(s_b\), shape `[B]`."""
         return np.asarray(self.batch_sq_norm.mean(axis=0))
@@ -218,6 +227,46 @@ def variance_parts(gradients: BlockGradients, inclusion: Array) -> tuple[float, 
     return float(sampling.sum()), float(noise.sum())
 
 
+def explained_share(sq_norm: Array, second_moment: Array, inclusion: Array) -> float:
+    r"""Share of the squared full gradient that the best multiple of an applied step explains.
+
+    \(1 - \min_c E\lVert c\, 1_S g_i - g \rVert^2 / \lVert g \rVert^2 = (\sum_b \pi_b G_b)^2 / (\sum_b G_b \sum_b
+    \pi_b s_b)\). The learning rate is such a multiple. With \(c = 1\) instead (`applied_mse`), where batches are
+    noisier than the gradient is long, the best draw is that of nothing.
+
+    Args:
+        sq_norm: \(G_b\), shape `[B]`.
+        second_moment: \(s_b\), shape `[B]`.
+        inclusion: \(\pi_b\), shape `[B]`, not all zero.
+    """
+    return float((inclusion * sq_norm).sum() ** 2 / (sq_norm.sum() * (inclusion * second_moment).sum()))
+
+
+def unbiased_quantities(gradients: BlockGradients, inclusion: Array) -> dict[str, float]:
+    r"""What a draw does to gradients of the data that the batches are a sample of, by unbiased sums.
+
+    Args:
+        gradients: What was measured.
+        inclusion: \(\pi_b\), shape `[B]`.
+
+    Returns:
+        `unbiased_relative_variance`, `unbiased_captured_share`, `unbiased_applied_mse` (over the squared norm) and
+        `unbiased_explained_share`: as those of the batches alone, but with `unbiased_sq_norm` for \(G_b\), and the
+        second moments as they are. Nothing if there is one batch, or noise is all that was measured.
+    """
+    if len(gradients.batch_sq_norm) < 2 or (total := float((g := gradients.unbiased_sq_norm).sum())) <= 0:
+        return {}
+    moments = gradients.second_moment
+    with np.errstate(divide="ignore"):
+        variance = float(np.where(moments > 0, moments / inclusion, 0.0).sum()) - total
+    return {
+        "unbiased_relative_variance": variance / total,
+        "unbiased_captured_share": float((inclusion * g).sum()) / total,
+        "unbiased_applied_mse": float((g + inclusion * (moments - 2 * g)).sum()) / total,
+        "unbiased_explained_share": explained_share(g, moments, inclusion),
+    }
+
+
 def quantities(gradients: BlockGradients, draw: Draw) -> dict[str, float]:
     r"""Every closed-form quantity of a draw.
 
@@ -229,6 +278,9 @@ def quantities(gradients: BlockGradients, draw: Draw) -> dict[str, float]:
         - `applied_bias_sq` and `applied_mse`: for what the optimizers really apply, the drawn blocks' mini-batch
           gradients without weights: \(\sum_b (1-\pi_b)^2 G_b\) and
           \(E\lVert 1_S g_i - g\rVert^2 = \sum_b (1-\pi_b) G_b + \pi_b \sigma_b^2\).
+        - `explained_share`: what the best multiple of it explains, see there.
+        - `population_noise`: share of \(\lVert g\rVert^2\) that is there because the population is but a sample:
+          \(\sum_b \sigma_b^2 / (N-1)\) over it; and the `unbiased_quantities`.
         - `effective_blocks`: \(1/\sum_u p_u^2\) over the scheme's units: number of layers for a uniform draw of layers.
         - `active_share`: \(\sum_b \pi_b n_b / P\), which is the budget unless everything is always drawn.
     """
@@ -245,6 +297,9 @@ def quantities(gradients: BlockGradients, draw: Draw) -> dict[str, float]:
         "captured_share": captured / total,
         "applied_bias_sq": float(((1 - inclusion) ** 2 * gradients.sq_norm).sum()),
         "applied_mse": float(((1 - inclusion) * gradients.sq_norm + inclusion * gradients.noise).sum()),
+        "explained_share": explained_share(gradients.sq_norm, gradients.second_moment, inclusion),
+        "population_noise": float(gradients.noise.sum()) / max(len(gradients.batch_sq_norm) - 1, 1) / total,
+        **unbiased_quantities(gradients, inclusion),
         "effective_blocks": float(1 / (draw.weights**2).sum()),
         "active_share": float((inclusion * gradients.numel).sum()) / gradients.num_parameters,
     }

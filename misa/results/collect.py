@@ -34,7 +34,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "memory": ("method", "model", "batch_size", "seq_len", "checkpointing", "category", "bytes", "moment"),
     "variance": ("snapshot", "step", "scheme", "quantity", "value"),
     "gradient_norms": ("snapshot", "step", "block", "layer", "matrix", "numel", "sq_norm", "noise"),
-    "staleness": ("snapshot", "step", "source", "age", "quantity", "value"),
+    "staleness": ("snapshot", "step", "policy", "source", "age", "quantity", "value"),
     "rate": ("problem", "momentum_step", "interval", "seed", "num_updates", "lr", "mean_sq_norm"),
     "settings": (
         *("run", "kind", "method", "seed", "data", "learning_rate", "always_on_lr", "include"),

@@ -134,6 +134,8 @@ def test_command_writes_both_tables_and_the_result(snapshot, tmp_path):
     stale = pd.read_csv(tmp_path / "staleness.csv")
     sources = {"round_start", "eta1", "auto", "auto_probed", "uniform", "fresh_eta1", "fresh_auto", "oracle"}
     assert set(stale["source"]) == sources
+    assert not stale.duplicated(["snapshot", "step", "policy", "source", "age", "quantity"]).any()
+    assert set(stale.loc[stale["source"] == "uniform", "policy"]) == {"eta1", "auto", "auto_probed"}
     assert set(stale.loc[stale["source"] == "round_start", "age"]) == {2, 4}
     by_source = stale[stale["quantity"] == "captured_share"].groupby("source")["value"].mean()
     assert by_source.between(0, 1).all()
@@ -224,6 +226,31 @@ def test_scores_of_an_earlier_snapshot_are_judged_by_the_gradients_of_a_later_on
     assert values["rank_correlation"] == pytest.approx(-1)
     assert values["captured_lost"] > 0.5
     assert values["variance_gained"] > 1
+    # Models of other shapes, and of steps that nothing tells, are no two moments of one run.
+    small = BlockGradients(np.ones(2), np.arange(2), np.ones((4, 2)), np.ones((4, 2)), 9)
+    assert not list(between([("a", -1, snapshot(rising)), ("b", 30, small), ("c", 40, snapshot(rising))], 0.2, 0.5))
+
+
+def test_unrelated_models_in_one_folder_are_no_snapshots_of_one_run(tmp_path):
+    for name in ("one", "other", "run/checkpoint-10", "run/checkpoint-20"):
+        (tmp_path / name).mkdir(parents=True)
+    one, other, *checkpoints = find_snapshots(
+        [str(tmp_path / name) for name in ("one", "other", "run/checkpoint-10", "run/checkpoint-20")]
+    )
+    assert one.run != other.run
+    assert [(found.run, found.step) for found in checkpoints] == [("run", 10), ("run", 20)]
+
+
+def test_tables_are_there_when_the_rounds_cannot_be_followed(snapshot, tmp_path, capsys):
+    folder, corpus = snapshot
+    words = ["variance", "--model", str(folder), "--dataset_path", str(corpus), "--num_draws", "2"]
+    words += ["--num_batches", "2", "--batch_size", "2", "--seq_len", "8", "--follow_rounds", "2"]
+    # Any expected number of parameters can be drawn, but no matrix fits.
+    assert main([*words, "--budget", "1e-4", "--output_dir", str(tmp_path)]) == 2
+    assert "budget" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "gradient_norms.csv")) == 4 * 7
+    assert (tmp_path / "variance.csv").is_file()
+    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -231,6 +258,10 @@ def test_scores_of_an_earlier_snapshot_are_judged_by_the_gradients_of_a_later_on
     [
         (["norms"], "verb is 'norms'; allowed: variance, rate"),
         (["variance", "--model", "/nowhere"], "model /nowhere is not a folder"),
+        (
+            ["variance", "--model", ".", "--follow_rounds", "2", "--learning_rate", "nan"],
+            "learning_rate is nan; it must be positive and finite",
+        ),
         (["variance", "--model", ".", "--budget", "3"], r"budget is 3.0; it must be in (0, 1]"),
         (["variance", "--model", ".", "--num_batches", "1"], "num_batches is 1; it must be at least 2"),
         (["variance", "--model", ".", "--follow_rounds", "1"], "follow_rounds is 1 and interval 10; allowed are 0, or"),

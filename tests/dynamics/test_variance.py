@@ -11,11 +11,13 @@ from misa.dynamics.variance import (
     BlockGradients,
     Draw,
     draw_of,
+    explained_share,
     importance_weights,
     inclusion_probabilities,
     monte_carlo,
     quantities,
     sample,
+    unbiased_quantities,
 )
 
 
@@ -134,6 +136,71 @@ def test_real_draws_stay_under_the_budget_and_count_what_they_apply():
     # No whole layer fits.
     smallest = np.bincount(reduced.layer, weights=reduced.numel).min()
     assert real_draws("layer_uniform", reduced, 0.9 * smallest / reduced.num_parameters, 10, seed=0) == {}
+
+
+def test_explained_share_is_that_of_the_best_step_length():
+    gradients, reduced = problem()
+    draw = draw_of("matrix_importance_auto", reduced, 0.3)
+    full = np.concatenate([g.mean(0) for g in gradients])
+
+    def error(length):
+        total = 0.0
+        for on, probability in enumerate_draws(draw):
+            for i in range(len(gradients[0])):
+                applied = np.concatenate([g[i] * b for g, b in zip(gradients, on, strict=True)])
+                total += probability / len(gradients[0]) * ((length * applied - full) ** 2).sum()
+        return total / (full**2).sum()
+
+    best = min(error(length) for length in np.linspace(0, 2, 401))
+    assert quantities(reduced, draw)["explained_share"] == pytest.approx(1 - best, abs=1e-4)
+    # Whatever the length of the gradients.
+    scaled = BlockGradients(
+        reduced.numel, reduced.layer, 9 * reduced.batch_sq_norm, 9 * reduced.batch_inner, reduced.num_parameters
+    )
+    pi = draw.inclusion
+    shares = [explained_share(each.sq_norm, each.second_moment, pi) for each in (reduced, scaled)]
+    assert shares[0] == pytest.approx(shares[1])
+
+
+def test_unbiased_sums_are_right_on_average_where_those_of_a_few_batches_are_not():
+    rng = np.random.default_rng(0)
+    means = [np.full(n, s) for n, s in ((3, 0.5), (5, 0.2), (4, 0.1))]
+    numel = np.array([len(m) for m in means], dtype=float)
+    pi = np.array([0.6, 0.3, 0.2])
+    found, naive = [], []
+    for _ in range(4000):
+        gradients = [m + rng.normal(size=(4, len(m))) for m in means]
+        reduced = BlockGradients(
+            numel,
+            np.arange(3),
+            np.stack([(g**2).sum(1) for g in gradients], axis=1),
+            np.stack([g @ g.mean(0) for g in gradients], axis=1),
+            12,
+        )
+        found.append(reduced.unbiased_sq_norm)
+        naive.append(reduced.sq_norm)
+    truth = np.array([(m**2).sum() for m in means])
+    np.testing.assert_allclose(np.mean(found, axis=0), truth, atol=0.05)
+    assert (np.mean(naive, axis=0) > truth + 0.5).all()
+    # With exact moments they are those of the estimator on fresh batches.
+    exact_moments = BlockGradients(numel, np.arange(3), np.zeros((2, 3)), np.zeros((2, 3)), 12)
+    exact_moments.batch_sq_norm[:] = truth + numel
+    exact_moments.batch_inner[:] = truth + numel / 2  # of two batches, each with a noise of one a number
+    values = unbiased_quantities(exact_moments, pi)
+    assert values["unbiased_relative_variance"] == pytest.approx(
+        (((truth + numel) / pi).sum() - truth.sum()) / truth.sum()
+    )
+    expected = ((1 - pi) * truth + pi * numel).sum() / truth.sum()
+    assert values["unbiased_applied_mse"] == pytest.approx(expected)
+    noise_alone = BlockGradients(numel, np.arange(3), np.ones((2, 3)), np.full((2, 3), 0.25), 12)
+    assert unbiased_quantities(noise_alone, pi) == {}
+
+
+def test_real_variance_is_that_of_the_counted_probabilities():
+    _, reduced = problem(num_layers=4)
+    found = real_draws("matrix_uniform", reduced, 1.0, 10, seed=0)
+    assert found["real_relative_variance"] == pytest.approx(reduced.noise.sum() / reduced.sq_norm.sum())
+    assert "real_relative_variance" not in real_draws("matrix_uniform", reduced, 0.2, 1, seed=0)  # not all were drawn
 
 
 def test_budget_is_met_exactly_by_every_scheme():

@@ -64,13 +64,13 @@ def staleness():
     known = [(source, 0) for source in ("uniform", "fresh_eta1", "fresh_auto", "oracle")]
     return pd.DataFrame(
         [
-            ("checkpoint-5", 5 + number, source, age, quantity, value)
+            ("checkpoint-5", 5 + number, "" if age else "auto", source, age, quantity, value)
             for number in (0, 10)
             for i, (source, age) in enumerate([*aged, *kept, *known])
             for quantity, value in (("rank_correlation", 1 - i / 20), ("captured_share", 0.05 + i / 50 + number / 999))
             if quantity == "captured_share" or (source, age) not in known
         ],
-        columns=["snapshot", "step", "source", "age", "quantity", "value"],
+        columns=["snapshot", "step", "policy", "source", "age", "quantity", "value"],
     )
 
 
