@@ -8,6 +8,7 @@ end of a round.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -127,9 +128,10 @@ class Probe:
     def watch(self, block: int, params: Sequence[Tensor]) -> None:
         """Measure the gradients of a block from now on."""
         norms = self._norms[block] = []
+        owner = weakref.ref(self)  # so that the hooks of a forgotten optimizer do nothing
 
         def reduce(p: Tensor) -> None:
-            if p.grad is not None:
+            if owner() is not None and p.grad is not None:
                 norms.append(gradient_norm(p.grad))
                 p.grad = None
 

@@ -116,9 +116,9 @@ class ActiveSet:
                 e.measure_in_backward()
 
         def apply(p: Tensor) -> None:
-            active = owner()
-            if active is not None and p.grad is not None:
-                active._step_one(number, entry)
+            active, e = owner(), measured()
+            if active is not None and e is not None and p.grad is not None:
+                active._step_one(number, e)
 
         return apply if self._settings.step_in_backward else measure
 

@@ -84,10 +84,12 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
     if (other := list(held.get("rule", rule))) != rule:
         raise ValueError(f"state_dict: inner optimizer and state_format were {other}, and are {rule} here")
     names = {p: e.name for p, e in optimizer._entries.items()}
-    for i, (group, values) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
+    both_groups = list(zip(optimizer.param_groups, saved["param_groups"], strict=True))
+    for i, (group, values) in enumerate(both_groups):
         own = {names[p] for p in group["params"] if p in names}
         if strange := sorted(own.symmetric_difference(values.get("params", own))):
             raise ValueError(f"state_dict: group {i} of parameters differs in {len(strange)}, first {strange[0]}")
+    for group, values in both_groups:
         group.update({k: deepcopy(v) for k, v in values.items() if k != "params"})
     for name in NUMBERS:
         setattr(optimizer, f"_{name}", held[name])

@@ -217,3 +217,56 @@ def test_wildcards_are_those_of_fnmatch():
     names = {b.name for b in partition(model, include=[pattern])}
     assert names == {b.name for b in partition(model) if fnmatch.fnmatchcase(b.name, pattern)}
     assert len(names) == 2
+
+
+def test_parameter_of_the_layer_itself_is_in_its_layer():
+    model = llama(2)
+    for layer in model.model.layers:
+        layer.gamma = nn.Parameter(torch.ones(32))
+    assert "model.layers.1.gamma" in {n for n, _ in partition(model, "layer")[1].params}
+
+
+def test_list_inside_a_layer_belongs_to_the_layer():
+    model = llama(2)
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(3))
+    assert [b.name for b in partition(model, "layer")] == ["model.layers.0", "model.layers.1"]
+    assert {b.layer for b in partition(model)} == {"model.layers.0", "model.layers.1"}
+
+
+def test_lists_side_by_side_are_ordered_by_depth_together():
+    def layers():
+        return nn.ModuleList(nn.ModuleDict({"up": nn.Linear(2, 2)}) for _ in range(3))
+
+    model = nn.ModuleDict({"one": nn.ModuleDict({"a": layers(), "b": layers()}), "two": nn.ModuleDict({"a": layers()})})
+    names = [b.layer for b in partition(model, "layer")]
+    assert names == ["one.a.0", "one.b.0", "one.a.1", "one.b.1", "one.a.2", "one.b.2", "two.a.0", "two.a.1", "two.a.2"]
+
+
+@pytest.mark.parametrize("granularity", ["matrix", "half"])
+def test_vectors_alone_are_no_block(granularity):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.ModuleDict({"q": nn.Linear(2, 2), "norm": nn.LayerNorm(2)})
+            self.mlp = nn.ModuleDict({"up": nn.Linear(2, 2)})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList(Layer() for _ in range(2))})
+    with pytest.raises(ValueError, match="no block found"):
+        partition(model, granularity, include=["*.bias"])
+
+
+def test_head_is_what_the_model_says():
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    model = BertForMaskedLM(config)
+    others = rest(model, partition(model))
+    assert "cls.predictions.decoder.weight" in [n for n, _ in others["head"]]

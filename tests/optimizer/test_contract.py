@@ -256,3 +256,15 @@ def test_always_on_parameters_may_have_a_rate_of_their_own():
     assert [g["lr"] for g in resumed.param_groups] == [g["lr"] for g in optimizer.param_groups]
     with pytest.raises(ValueError, match=r"always_on_lr=0\.01: needs a model; give"):
         LISA(list(llama().named_parameters()), always_on_lr=1e-2)
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW([x for _, x in p]), lambda p: MISA(list(p), budget=0.3)])
+def test_copies_have_no_hooks(make):
+
+    model = llama(1)
+    optimizer = make(model.named_parameters())
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    for twin, copied in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        train(twin, copied, 1)
+    assert calls == []

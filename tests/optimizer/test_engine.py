@@ -374,3 +374,13 @@ def test_probe_changes_neither_weights_nor_draws_of_inactive_blocks():
         before, on = weights(model), names_on(optimizer)
         train(model, optimizer, 1, first=i)
         assert moved(before, model) == on
+
+
+def test_step_in_backward_counts_steps_whose_gradients_were_cleared_first():
+    model = llama()
+    optimizer = MISA(model, budget=0.3, interval=2, step_in_backward=True)
+    for i in range(4):
+        backward(model, i)
+        optimizer.zero_grad()
+        optimizer.step()
+    assert optimizer.round == 2

@@ -229,3 +229,13 @@ def test_names_of_compiled_models_and_layers_are_those_of_plain_ones(granularity
         assert [b.name for b in optimizer.blocks] == [b.name for b in expected.blocks]
         assert optimizer.active_numel == expected.active_numel
         expected.load_state_dict(optimizer.state_dict())
+
+
+def test_release_while_all_blocks_are_measured():
+    model = llama()
+    optimizer = MISA(model, budget=0.1, interval=1, probe_every=1)
+    train(model, optimizer, 1)
+    optimizer.release()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    backward(model, 1)
+    assert all(p.grad is not None for p in model.parameters())

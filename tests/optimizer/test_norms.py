@@ -131,3 +131,32 @@ def test_run_stopped_inside_a_round_continues_bit_for_bit(on_device):
         assert same(model, twin)
         assert whole.scores == other.scores
         assert whole.num_skipped_steps == other.num_skipped_steps == 0
+
+
+def test_skipped_step_does_not_enter_the_mean_of_a_round():
+    model, twin = llama(), llama()
+    optimizer = MISA(model, budget=1.0, interval=2, lr=0.0, beta=0.0)
+    backward(twin, 0)
+    train(model, optimizer, 1)
+    backward(model, 1, scale=float("nan"))
+    optimizer.step()
+    assert optimizer.round == 1
+    for name, score in optimizer.scores.items():
+        assert score == pytest.approx(twin.get_submodule(name).weight.grad.square().mean().item(), rel=1e-5)
+
+
+def test_scores_on_a_device_with_something_always_on(monkeypatch):
+
+    optimizers = []
+    for there in (True, False):
+        monkeypatch.setattr(
+            parameters,
+            "gradient_norm",
+            (lambda grad: torch.linalg.vector_norm(grad, dtype=torch.float32)) if there else gradient_norm,
+        )
+        model = llama()
+        optimizers.append(MISA(model, lr=1e-3, budget=0.2, interval=3, eta=0.0, always_on=("head", "norms")))
+        train(model, optimizers[-1], 7)
+    one, other = optimizers
+    assert one.active == other.active
+    assert one.scores == pytest.approx(other.scores, rel=1e-5)

@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -267,3 +268,47 @@ def test_distributed_checkpoint_between_two_rounds_loads_without_inner_state(tmp
     train(model, optimizer, 4, first=3)
     train(twin, other, 4, first=3)
     assert same(model, twin)
+
+
+def test_probe_of_a_forgotten_optimizer_leaves_the_gradients_of_others_alone():
+    model = llama()
+    optimizer = MISA(model, budget=0.1, interval=1, probe_every=1)
+    train(model, optimizer, 2)
+    del optimizer
+    gc.collect()
+    backward(model, 0)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_masters_of_a_forgotten_optimizer_are_freed(in_backward):
+    model = llama(dtype=torch.bfloat16)
+    optimizer = MISA(model, budget=0.3, step_in_backward=in_backward)
+    train(model, optimizer, 2)
+    masters = [weakref.ref(e.master) for e in optimizer._on.entries]
+    del optimizer
+    gc.collect()
+    assert not any(master() is not None for master in masters)
+
+
+def test_forgotten_optimizer_that_steps_in_the_backward_pass_steps_no_more():
+    model = llama()
+    optimizer = MISA(model, budget=0.3, step_in_backward=True)
+    train(model, optimizer, 1)
+    del optimizer
+    gc.collect()
+    before = weights(model)
+    backward(model, 1)
+    assert moved(before, model) == set()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_idle_steps_between_others_are_not_warned_of():
+
+    model = llama()
+    optimizer = MISA(model, budget=0.3, interval=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(12):
+            optimizer.step()
+            train(model, optimizer, 1, first=i)

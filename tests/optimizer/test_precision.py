@@ -286,3 +286,42 @@ def test_grad_scaler_with_step_in_backward_is_refused_in_words():
     scaler.scale(model(**batch(0)).loss).backward()
     with pytest.raises(ValueError, match="step_in_backward=True: cannot be driven by a GradScaler"):
         scaler.step(optimizer)
+
+
+def test_probe_of_scaled_gradients_is_unscaled():
+    model, twin = llama(2), llama(2)
+    optimizer, plain = (MISA(m, budget=0.3, interval=2, probe_every=1) for m in (model, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
+    for i in range(4):
+        scaler.scale(model(**batch(i)).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        train(twin, plain, 1, first=i)
+    assert same(model, twin)
+    assert optimizer.scores == pytest.approx(plain.scores, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grad_scaler_drives_an_inner_optimizer_of_the_callers(dtype):
+    model, twin = llama(2, dtype), llama(2, dtype)
+    optimizer, plain = (MISA(m, budget=0.3, interval=2, lr=1.0, inner=torch.optim.SGD) for m in (model, twin))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
+    for i in range(4):
+        scaler.scale(model(**batch(i)).loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        train(twin, plain, 1, first=i)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+    if dtype != torch.float16:
+        assert same(model, twin)
+
+
+def test_residual_is_used_up_by_the_master():
+    model = llama(2, torch.bfloat16)
+    optimizer = BAdam(model, interval=1, order="ascending")
+    train(model, optimizer, 3)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert optimizer.state_bytes()["residual"] == 2 * layer

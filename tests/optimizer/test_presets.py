@@ -339,3 +339,47 @@ def test_copy_of_the_settings_makes_the_same_optimizer():
     train(model, first, 5)
     train(twin, second, 5)
     assert same(model, twin)
+
+
+def test_last_momentum_step_reaches_bf16_weights():
+    model, plain = llama(1, torch.bfloat16), llama(1, torch.bfloat16)
+    options = {"budget": 1.0, "interval": 2, "variant": "paper", "lr": 1e-2}
+    full = MISA(model, **options)
+    train(model, full, 2)
+    train(plain, MISA(plain, inner_kwargs={"momentum_step": False}, **options), 2)
+    assert moved(weights(plain), model) == {e.name for e in full._on.entries}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_algorithm_1_on_bf16_weights_is_that_on_their_masters(dtype):
+    model, twin = llama(1, dtype), llama(1, dtype).float()
+    options = {"budget": 1.0, "interval": 2, "variant": "paper", "lr": 1e-2}
+    first, second = MISA(model, **options), MISA(twin, **options)
+    for i in range(2):
+        for its in (first, second):
+            for e in its._on.entries:
+                e.param.grad = torch.full_like(e.param, 0.5 - i * 0.125)
+            its.step()
+            its.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q.to(dtype))
+
+
+def test_official_sum_of_a_short_round_is_divided_by_the_interval():
+    model, twin = llama(), llama()
+    optimizer = MISA(model, budget=0.25, interval=10, variant="official")
+    drawn = optimizer.active
+    backward(twin, 0)
+    train(model, optimizer, 1)
+    assert optimizer.round == 1
+    for name in drawn:
+        norm = twin.get_submodule(name).weight.grad.norm().item()
+        assert optimizer.scores[name] == pytest.approx((norm / 10) ** 2, rel=1e-4)
+
+
+def test_reset_is_also_of_what_is_always_on():
+    model = llama(1)
+    optimizer = MISA(model, budget=1.0, interval=2, state_policy="reset", always_on=("head",))
+    train(model, optimizer, 3)
+    assert {int(optimizer.state[e.param]["step"]) for e in optimizer._on.entries} == {1}
+    assert model.lm_head.weight in optimizer.state

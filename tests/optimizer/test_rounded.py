@@ -176,3 +176,48 @@ def test_skipped_step_changes_nothing(moments):
     one.update(good=torch.tensor(False))
     for old, new in zip(before, [weight, *one.state[weight].values()], strict=True):
         assert torch.equal(old, new)
+
+
+def test_seed_decides_the_rounding():
+    def run(seed):
+        model = llama(1, torch.bfloat16)
+        train(model, MISA(model, budget=1.0, interval=5, state_format="bf16", seed=seed), 2)
+        return model
+
+    assert same(run(3), run(3))
+    assert not same(run(3), run(4))
+
+
+def test_eight_bit_moments_of_a_size_that_fills_no_blocks():
+    weight = nn.Parameter(torch.zeros(65, 65, dtype=torch.bfloat16))
+    one = rounded.RoundedAdamW([weight], generator=torch.Generator(), moments="8bit", **{**inner.ADAM, "lr": 1e-2})
+    weight.grad = torch.ones(65, 65, dtype=torch.bfloat16)
+    one.update()
+    assert (weight < 0).all()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "8bit"])
+def test_rounded_rule_unscales(moments):
+    found = []
+    for scale in (None, torch.tensor(16.0)):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(64, 64).bfloat16())
+        one = rounded.RoundedAdamW(
+            [weight],
+            generator=torch.Generator().manual_seed(0),
+            moments=moments,
+            **{**inner.ADAM, "eps": 1.0, "lr": 1.0},
+        )
+        weight.grad = torch.randn(64, 64).bfloat16() * (1 if scale is None else scale)
+        one.update(grad_scale=scale)
+        found.append(weight.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+def test_fp32_weights_are_not_rounded(state_format):
+    model, twin = llama(1), llama(1)
+    train(model, MISA(model, budget=1.0, state_format=state_format), 1)
+    train(twin, MISA(twin, budget=1.0), 1)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)

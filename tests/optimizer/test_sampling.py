@@ -167,3 +167,13 @@ def test_loaded_sampler_continues_with_the_same_draws(order):
 def test_more_blocks_than_there_are_raises():
     with pytest.raises(ValueError, match="num_blocks=4: there are only 3"):
         BlockSampler([1, 1, 1], "uniform", num_blocks=4)
+
+
+def test_block_of_the_size_of_the_limit_fits():
+    assert BlockSampler([2, 3, 4], max_numel=3).never_fit == (2,)
+
+
+def test_last_round_of_the_first_pass_is_filled_with_used_blocks():
+
+    sampler = BlockSampler([2, 2, 2, 2, 2], "importance", max_numel=4, first_pass=True)
+    assert [len(sampler.draw(np.zeros(5))) for _ in range(3)] == [2, 2, 2]

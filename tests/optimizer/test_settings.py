@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from tiny import llama
+from torch import nn
 
 from misa.optimizer import MISA, Settings
 
@@ -80,3 +81,15 @@ def test_budget_is_a_share_of_what_the_caller_left_trainable():
     optimizer = MISA(model, budget=0.25)
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert 0 < optimizer.active_numel <= adapters / 4
+
+
+def test_budget_that_floating_point_cuts_short_admits_its_block():
+    model = nn.Sequential(nn.Linear(29, 1, bias=False), nn.Linear(71, 1, bias=False))
+    with pytest.warns(UserWarning, match="would admit all"):
+        assert MISA(model, budget=0.29).active == ("0",)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"eta": float("inf")}, "eta=inf"), ({"eps": -1e-8}, "eps=-1e-08")])
+def test_infinite_eta_and_negative_eps_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        MISA(llama(1), **options)

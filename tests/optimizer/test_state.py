@@ -327,3 +327,19 @@ def test_refused_state_leaves_the_optimizer_as_it_was():
     train(model, optimizer, 3, first=1)
     train(twin, other, 3, first=1)
     assert moved(weights(model), twin) == set()
+
+
+def test_refused_groups_leave_the_rates_as_they_were():
+    def grouped(num_fast, rate):
+        named = list(llama().named_parameters())
+        number = [int(n.split(".")[2]) if "layers" in n else -1 for n, _ in named]
+        parts = [
+            [x for x, k in zip(named, number, strict=True) if test(k)]
+            for test in (lambda k: k < 0, lambda k: 0 <= k < num_fast, lambda k: k >= num_fast)
+        ]
+        return MISA([{"params": part, "lr": rate} for part in parts], budget=0.3)
+
+    other = grouped(2, 1e-3)
+    with pytest.raises(ValueError, match="group 1 of parameters differs"):
+        other.load_state_dict(grouped(1, 1e-1).state_dict())
+    assert [g["lr"] for g in other.param_groups] == [1e-3] * 3
