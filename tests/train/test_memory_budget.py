@@ -97,3 +97,27 @@ def test_what_cannot_be_is_refused(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_draws_that_do_with_fewer_layers_stay_inside_the_budget_too():
+    from transformers import AutoConfig
+
+    from misa.memory.fit import plan
+    from misa.memory.scenario import ALL_LAYERS, Scenario
+    from misa.training.memory import MemoryWatch
+    from misa.training.meter import Meter
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = AutoConfig.for_model("llama", vocab_size=8000, num_key_value_heads=4, **sizes)
+    scenario = Scenario(model="small", method="misa", options={"budget": 0.03}, batch_size=4, seq_len=1024)
+    limit = 175 << 20
+    chosen = plan(scenario, limit, config=config)
+    assert chosen.scenario.checkpointing == ALL_LAYERS  # the worst draw needs all
+    watch = MemoryWatch(chosen.laboratory.model, chosen, Meter(), None, limit)
+    laboratory, layers = chosen.laboratory, set()
+    for draw in laboratory.sample(8):
+        watch._set_layers(tuple(laboratory.blocks[i].name for i in draw))
+        laboratory.switch_to(draw)
+        assert laboratory.measure(checkpointing=watch._layers).peak.total_bytes <= limit
+        layers.add(watch._layers)
+    assert layers > {ALL_LAYERS}  # and others do not
