@@ -130,7 +130,8 @@ class MemoryWatch(TrainerCallback, ExportableState):
     """Checkpoints the lowest layers that train, as many as each draw needs, and watches a step's memory.
 
     With a plan, the formula says for each draw how many layers that is, set right by what the tracker found for the
-    worst draw; fewer than all are tried in the laboratory before they are trusted. On a CPU each step is tracked; on a GPU its allocator counts.
+    worst draw; fewer than all are tried in the laboratory before they are trusted. On a CPU each step is tracked; on a
+    GPU its allocator counts.
 
     Attributes:
         measured_bytes: Most live bytes of a step so far; what an optimizer keeps in main memory is left out.
