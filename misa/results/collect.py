@@ -227,7 +227,7 @@ def add_to_tables(
                 raise ValueError(f"{folder} holds scores of the same run on {tasks} already")
             old = old[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
         elif any(there[key] and key[0] == _COPIED.get(Path(name).stem) for key in gone):
-            old = old.iloc[:0]
+            old = new.iloc[:0]  # also where its columns have changed since
         elif gone and {"kind", "run"} <= set(old):
             old = old[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
         table = pd.concat([old, new], ignore_index=True)
