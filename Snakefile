@@ -40,7 +40,7 @@ rule all:
         expand(f"{SCORES}/{{table}}.{{ending}}", table=WRITTEN, ending=["md", "tex"]),
         rules.report_pages.output,
         expand(f"{PAGES}/{{table}}.html", table=WRITTEN),
-        rules.benchmark_tables.output if CACHED else [],
+        [rules.benchmark_tables.output, rules.scales_table.output] if CACHED else [],
 
 
 onstart:

@@ -41,10 +41,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # ---- the README's table of what works between processes --------------------------------------------------------------
 
 SUPPORT: dict[str, dict[str, bool]] = {}  # way of sharing a model -> what is shown -> whether its tests passed
+# Ways that are columns of the table; what is shown of others is a list below it.
+COLUMNS = ("data parallel, with or without DDP", "data parallel, `shard_state`", "FSDP2 (`fully_shard`)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support", metavar="FILE", help="write the table of what works between processes into this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--support") and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--support FILE: only without -n, since each process sees a part of the tests")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -54,8 +61,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if marker is not None and (call.when == "call" or call.excinfo is not None):
         way, *what = marker.args
         shown = what[0] if what else item.callspec.params["case"]  # type: ignore[attr-defined]
-        rows = SUPPORT.setdefault(way, {})
-        rows[shown] = rows.get(shown, True) and call.excinfo is None
+        together = shown.split(" + ")
+        rows = SUPPORT.setdefault(COLUMNS[1] if "shard_state" in together else way, {})
+        for name in together:
+            if name != "shard_state":
+                rows[name] = rows.get(name, True) and call.excinfo is None
     return report
 
 
@@ -63,9 +73,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--support")
     if path is None:
         return
-    lines = ["| how processes share the model | shown by tests |", "| --- | --- |"]
-    for way, rows in SUPPORT.items():
-        lines.append(f"| {way} | {', '.join(name if good else f'{name} (FAILS)' for name, good in rows.items())} |")
+    cells = {True: "yes", False: "FAILS", None: ""}
+    lines = [f"| shown by tests | {' | '.join(COLUMNS)} |", f"| --- |{' :-: |' * len(COLUMNS)}"]
+    for name in dict.fromkeys(name for way in COLUMNS for name in SUPPORT.get(way, {})):
+        found = (cells[SUPPORT.get(way, {}).get(name)] for way in COLUMNS)
+        lines.append(f"| {name} | {' | '.join(found)} |")
+    for way in (way for way in SUPPORT if way not in COLUMNS):
+        names = (name if good else f"{name} (FAILS)" for name, good in SUPPORT[way].items())
+        lines += ["", f"{way}: {'; '.join(names)}."]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -41,6 +41,7 @@ def _run(options: argparse.Namespace) -> int:
 
         _print(run(options.results, options.output_dir, add=options.add, replace=options.replace))
     elif options.verb == "tables":
+        from misa.results.overview import write_overview
         from misa.results.paired import write_paired_table
         from misa.results.published import write_published_table
         from misa.results.tables import write_score_tables
@@ -48,6 +49,7 @@ def _run(options: argparse.Namespace) -> int:
         _print(write_score_tables(options.tables, options.output_dir))
         _print(write_paired_table(options.tables, options.output_dir))
         _print(write_published_table(options.tables, options.output_dir))
+        _print(write_overview(options.tables, options.output_dir))
     elif options.verb == "pages":
         from misa.results.pages import write_pages
 
@@ -68,6 +70,10 @@ def _run(options: argparse.Namespace) -> int:
         from misa.results.benchmarks import write_benchmark_table
 
         _print(write_benchmark_table(options.tables, options.output_dir))
+    elif options.verb == "scales":
+        from misa.results.scales import write_scales
+
+        _print(write_scales(options.configs, options.tables, options.output_dir))
     elif options.verb == "time":
         from misa.results.readme import record_time
 
@@ -105,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "kind; scores stay unless the evaluation is given, too",
     )
     tables = verbs.add_parser(
-        "tables", help="tidy tables -> scores, paired differences and published numbers, in Markdown and LaTeX"
+        "tables", help="tidy tables -> overview, scores, paired differences, published numbers, in Markdown and LaTeX"
     )
     tables.add_argument("--tables", required=True, help="folder with scores.csv, runs.csv and settings.csv")
     tables.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
@@ -122,6 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks = verbs.add_parser("benchmarks", help="tidy tables -> table of the paper's benchmarks, both protocols")
     benchmarks.add_argument("--tables", required=True, help="folder with scores.csv")
     benchmarks.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
+    scales = verbs.add_parser("scales", help="scales of the workflow -> table of their runs and measured hours")
+    scales.add_argument("--configs", default="workflows/config", help="folder of configurations (%(default)s)")
+    scales.add_argument("--tables", default="paper_figures/data", help="folder of committed tables (%(default)s)")
+    scales.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
     readme = verbs.add_parser("readme", help="fill the generated sections of a Markdown file")
     readme.add_argument("readme", help="the file, such as README.md")
     readme.add_argument("--tables", default=TABLES_DIR, help="folder with the score tables (%(default)s)")

@@ -142,12 +142,15 @@ def times_table(times: dict[str, dict[str, Any]]) -> str:
         memory = f", {entry['memory_bytes'] / 2**30:.0f} GiB" if entry.get("memory_bytes") else ""
         device = entry.get("gpu") or "no GPU"
         lines.append(
-            f"| `{command}` | {_duration(float(entry['seconds']))} | "
+            f"| `{command}` | {duration(float(entry['seconds']))} | "
             f"{entry.get('num_cores', '?')} cores of {entry.get('processor', 'unknown')}{memory}, {device} |"
         )
     return "\n".join(lines)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as text: seconds, minutes and seconds, or from two hours on hours with one digit."""
+    if seconds >= 7200:
+        return f"{seconds / 3600:.1f} h"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

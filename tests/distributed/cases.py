@@ -16,7 +16,7 @@ from misa.optimizer import LISA, MISA, BAdam
 NUM_STEPS = 7  # three rounds of two steps, and one step
 KINDS = {"misa": MISA, "badam": BAdam, "lisa": LISA}
 
-# What `train` takes beside its defaults.
+# What `train` takes beside its defaults, by what is tried together.
 CASES: dict[str, dict[str, Any]] = {
     "matrix blocks": {},
     "layer blocks": {"kind": "badam"},
@@ -35,21 +35,21 @@ CASES: dict[str, dict[str, Any]] = {
     "DDP around the model": {"wrap": "before", "accumulation": 2},
     "DDP around it later": {"wrap": "after", "accumulation": 2, "checkpointing": True},
     "DDP that finds unused": {"wrap": "before", "find_unused_parameters": True},
-    "state shared out": {"shard_state": True, "accumulation": 2, "clip": 0.05},
-    "state shared out, always on": {"shard_state": True, "kind": "lisa", "num_blocks": 1},
-    "state shared out, bf16": {"shard_state": True, "dtype": torch.bfloat16},
-    "state shared out, step in backward": {"shard_state": True, "step_in_backward": True},
-    "state shared out, part without gradient": {"shard_state": True, "skips": True, "always_on": ("head",)},
+    "shard_state + accumulation + clipping": {"shard_state": True, "accumulation": 2, "clip": 0.05},
+    "shard_state + always on": {"shard_state": True, "kind": "lisa", "num_blocks": 1},
+    "shard_state + bf16": {"shard_state": True, "dtype": torch.bfloat16},
+    "shard_state + step in backward": {"shard_state": True, "step_in_backward": True},
+    "shard_state + part without gradient": {"shard_state": True, "skips": True, "always_on": ("head",)},
     "part without gradient": {"skips": True, "always_on": ("head",)},
     "process without any gradient": {"skips": True, "include": ("layers.1.*",), "budget": 0.5},
-    "process without any gradient, accumulation": {
+    "process without any gradient + accumulation": {
         "skips": True,
         "accumulation": 2,
         "include": ("layers.1.*",),
         "budget": 0.5,
     },
-    "step in backward, part without gradient": {"skips": True, "always_on": ("head",), "step_in_backward": True},
-    "state shared out, step in backward, small buckets": {
+    "step in backward + part without gradient": {"skips": True, "always_on": ("head",), "step_in_backward": True},
+    "shard_state + step in backward + small buckets": {
         "shard_state": True,
         "step_in_backward": True,
         "bucket_bytes": 100,
@@ -66,11 +66,11 @@ OF_FOUR = (
     "clipping",
     "activation checkpointing",
     "bf16",
-    "state shared out",
-    "state shared out, always on",
+    "shard_state + accumulation + clipping",
+    "shard_state + always on",
     "part without gradient",
     "process without any gradient",
-    "state shared out, step in backward, small buckets",
+    "shard_state + step in backward + small buckets",
 )
 
 

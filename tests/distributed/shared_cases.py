@@ -14,7 +14,7 @@ from sharded_cases import NUM_STEPS, SAVED_AT, make, outcome, train
 from misa.distributed import checkpoint
 
 CASES: dict[str, dict[str, Any]] = {
-    "fp32": {},
+    "matrix blocks": {},
     "bf16": {"dtype": torch.bfloat16},
     "bf16, no masters": {"dtype": torch.bfloat16, "state_format": "bf16"},
     "kept on the CPU": {"state_policy": "cpu"},

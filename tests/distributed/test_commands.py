@@ -24,8 +24,8 @@ NUM_STEPS, BATCH = 9, 4
 METHOD = {"method": "misa", "budget": 0.2, "interval": 2, "learning_rate": 1e-3, "adam_epsilon": 1e-4}
 
 Launch = Callable[..., list[int]]
-COMMANDS = "`torchrun -m misa.train` and `-m misa.pretrain` (HF Trainer, Accelerate)"
-REFUSED = "refused before the first step, in words that name what works"
+COMMANDS = "Training commands under `torchrun` (HF Trainer, Accelerate)"
+REFUSED = "Refused before the first step, in words that name what works"
 
 
 def words(small: Path, output: Path, num_processes: int = 2, **options: Any) -> list[str]:

@@ -10,8 +10,8 @@ import torch
 from cases import CASES, OF_FOUR, train_all
 from failures import all_failures
 
-DATA_PARALLEL = "data parallel under `torchrun`: no wrapper, or `DistributedDataParallel`"
-REFUSED = "refused before the first step, in words that name what works"
+DATA_PARALLEL = "data parallel, with or without DDP"
+REFUSED = "Refused before the first step, in words that name what works"
 
 TRIED = [(2, case) for case in CASES] + [(4, case) for case in OF_FOUR]
 

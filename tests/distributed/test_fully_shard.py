@@ -51,7 +51,7 @@ def test_weights_equal_those_of_one_process(alone: Found, two: list[Found], case
         require_same(found[case], alone[case], case)
 
 
-@pytest.mark.support(FSDP2, "state shared out")
+@pytest.mark.support(FSDP2, "a share of the bytes")
 def test_each_process_holds_its_part_of_the_state(alone: Found, two: list[Found]) -> None:
     for case in ("matrix blocks", "bf16"):
         whole = alone[case]["bytes"]
@@ -78,7 +78,7 @@ def test_resumed_run_on_more_processes_is_the_same(two: list[Found], four: Found
 
 
 @pytest.mark.support(
-    "refused before the first step, in words that name what works",
+    "Refused before the first step, in words that name what works",
     'FSDP2 with `step_in_backward`, 8-bit moments or `variant="paper"`',
 )
 def test_what_needs_whole_gradients_is_refused(two: list[Found]) -> None:

@@ -14,7 +14,7 @@ from test_fully_shard import require_same
 from misa.optimizer import Settings
 
 Found = dict[str, Any]
-SHARED = "data parallel with `shard_state`: moments and masters shared out"
+SHARED = "data parallel, `shard_state`"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_weights_are_those_of_a_run_that_shares_nothing(two: list[Found], case: 
         require_equal(found[case], found[case]["without"])
 
 
-@pytest.mark.support(SHARED, "moments without masters, rounded stochastically")
+@pytest.mark.support(SHARED, "bf16, no masters")
 def test_rounding_of_shared_moments_is_near_that_of_whole_ones(two: list[Found]) -> None:
     # Processes draw other random bits than one would, so weights are one spacing of bf16 apart here and there.
     for found in two:

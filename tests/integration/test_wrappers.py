@@ -9,7 +9,7 @@ from misa.integration.trainer import TrainerOptimizer
 from misa.optimizer import MISA, partition
 
 
-@pytest.mark.support("refused before the first step, in words that name what works", "FSDP1 (flat parameters)")
+@pytest.mark.support("Refused before the first step, in words that name what works", "FSDP1 (flat parameters)")
 def test_fsdp1_is_refused_in_words_that_name_what_works(tmp_path):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -32,13 +32,13 @@ class DeepSpeedEngine(nn.Module):
         self.module = module
 
 
-@pytest.mark.support("refused before the first step, in words that name what works", "DeepSpeed ZeRO")
+@pytest.mark.support("Refused before the first step, in words that name what works", "DeepSpeed ZeRO")
 def test_deepspeed_is_refused_in_words_that_name_what_works():
     with pytest.raises(ValueError, match=r"DeepSpeed ZeRO.*DistributedDataParallel.*fully_shard"):
         MISA(DeepSpeedEngine(llama(1)), budget=0.3)
 
 
-@pytest.mark.support("refused before the first step, in words that name what works", "DeepSpeed ZeRO")
+@pytest.mark.support("Refused before the first step, in words that name what works", "DeepSpeed ZeRO")
 def test_parameters_partitioned_by_zero_3_are_refused():
     model = llama(1)
     model.lm_head.weight.ds_id = 0

@@ -31,14 +31,16 @@ rule score_tables:
         scores=f"{TABLES}/scores.csv",
         runs=f"{TABLES}/runs.csv",
         settings=f"{TABLES}/settings.csv",
+        memory=f"{TABLES}/memory_grid.csv" if CACHED else [],
     output:
         scores=f"{SCORES}/scores.md",
         others=expand(
-            f"{SCORES}/{{table}}.md", table=["pretraining", "paired", "published"]
+            f"{SCORES}/{{table}}.md",
+            table=["overview", "pretraining", "paired", "published"],
         ),
         latex=expand(
             f"{SCORES}/{{table}}.tex",
-            table=["scores", "pretraining", "paired", "published"],
+            table=["overview", "scores", "pretraining", "paired", "published"],
         ),
     log:
         f"{LOGS}/score_tables.log",
@@ -48,7 +50,7 @@ rule score_tables:
         tables=subpath(input.scores, parent=True),
         folder=subpath(output.scores, parent=True),
     message:
-        "scores, paired differences and published numbers in Markdown and LaTeX"
+        "overview, scores, paired differences and published numbers in Markdown and LaTeX"
     shell:
         "python -m misa.results tables --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
 
@@ -151,3 +153,26 @@ if CACHED:
             "table of the paper's benchmarks in Markdown and LaTeX"
         shell:
             "python -m misa.results benchmarks --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
+
+    # What each scale takes, as far as it was measured.
+    rule scales_table:
+        input:
+            configs=sorted(Path(workflow.basedir, "workflows", "config").glob("*.*")),
+            runs=sorted(Path(TABLES).rglob("runs.csv")),
+            times=f"{TABLES}/timings.json",
+        output:
+            table=f"{SCORES}/scales.md",
+            latex=f"{SCORES}/scales.tex",
+        log:
+            f"{LOGS}/scales_table.log",
+        conda:
+            "../envs/misa.yaml"
+        params:
+            configs=str(Path(workflow.basedir, "workflows", "config")),
+            tables=TABLES,
+            folder=subpath(output.table, parent=True),
+        message:
+            "table of what each scale takes in Markdown and LaTeX"
+        shell:
+            "python -m misa.results scales --configs {params.configs} --tables {params.tables}"
+            " --output_dir {params.folder} > {log} 2>&1"
