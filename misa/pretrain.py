@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from misa.models import MODEL_SIZES, LoadingOptions
-from misa.training.options import CommonTrainingOptions, MemoryOptions, MethodOptions, RunOptions, parse
+from misa.training.command import run_from_words
+from misa.training.options import MemoryOptions, MethodOptions, RunOptions
 from misa.training.published import translate_pretrain
 
 PROG = "misa.pretrain"
@@ -76,34 +77,18 @@ class PretrainOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments after the program name; None takes them from the process.
-
-    Returns:
-        Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
-    """
-
-    def job() -> Any:
-        options = parse(
-            (RunOptions, PretrainOptions, MethodOptions, MemoryOptions, CommonTrainingOptions, LoadingOptions),
-            translate_pretrain(sys.argv[1:] if argv is None else argv),
-            prog=PROG,
-            usage=USAGE,
-            description=__doc__ or "",
-            # Blocks are all equally long, and their end tokens are text, not padding.
-            defaults={"include_num_input_tokens_seen": "all"},
-        )
-        run, pretrain, method, memory, _, loading, training = options
-        return make_job(run, pretrain, method, training, argv, loading, memory)
-
-    try:
-        from misa.training.run import run_command
-    except ModuleNotFoundError as error:
-        print(f"{PROG}: error: {error}; install with: pip install 'misa-optimizer[train]'", file=sys.stderr)
-        return 2
-    return run_command(PROG, job)
+    """Run the command line `argv` (None takes it from the process); see `run_from_words`."""
+    return run_from_words(
+        argv,
+        prog=PROG,
+        usage=USAGE,
+        description=__doc__ or "",
+        own=PretrainOptions,
+        translate=translate_pretrain,
+        make_job=make_job,
+        # Blocks are all equally long, and their end tokens are text, not padding.
+        defaults={"include_num_input_tokens_seen": "all"},
+    )
 
 
 def make_job(

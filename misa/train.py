@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from misa.models import LoadingOptions
-from misa.training.options import CommonTrainingOptions, MemoryOptions, MethodOptions, RunOptions, parse
+from misa.training.command import run_from_words
+from misa.training.options import MemoryOptions, MethodOptions, RunOptions
 from misa.training.published import TASKS, translate_train
 
 PROG = "misa.train"
@@ -81,33 +82,16 @@ class FinetuneOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: Arguments after the program name; None takes them from the process.
-
-    Returns:
-        Exit status: 0 done, 1 the run failed, 2 something asked for is wrong, 130 interrupted.
-    """
-
-    # Imported here so that --help does not wait for it.
-    def job() -> Any:
-        options = parse(
-            (RunOptions, FinetuneOptions, MethodOptions, MemoryOptions, CommonTrainingOptions, LoadingOptions),
-            translate_train(sys.argv[1:] if argv is None else argv),
-            prog=PROG,
-            usage=USAGE,
-            description=__doc__ or "",
-        )
-        run, finetune, method, memory, _, loading, training = options
-        return make_job(run, finetune, method, training, argv, loading, memory)
-
-    try:
-        from misa.training.run import run_command
-    except ModuleNotFoundError as error:
-        print(f"{PROG}: error: {error}; install with: pip install 'misa-optimizer[train]'", file=sys.stderr)
-        return 2
-    return run_command(PROG, job)
+    """Run the command line `argv` (None takes it from the process); see `run_from_words`."""
+    return run_from_words(
+        argv,
+        prog=PROG,
+        usage=USAGE,
+        description=__doc__ or "",
+        own=FinetuneOptions,
+        translate=translate_train,
+        make_job=make_job,
+    )
 
 
 def make_job(
