@@ -81,11 +81,14 @@ def _run(options: argparse.Namespace) -> int:
     else:
         from misa.results.readme import update_readme
 
-        current = update_readme(options.readme, options.tables, options.times, options.check)
-        if options.check and not current:
-            print(f"{options.readme} is out of date; run the same command without --check", file=sys.stderr)
+        stale = [
+            page for page in options.pages if not update_readme(page, options.tables, options.times, options.check)
+        ]
+        if options.check and stale:
+            print(f"{', '.join(stale)}: out of date; run the same command without --check", file=sys.stderr)
             return 1
-        print(f"{options.readme}: {'up to date' if current else 'updated'}")
+        for page in options.pages:
+            print(f"{page}: {'updated' if page in stale else 'up to date'}")
     return 0
 
 
@@ -132,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     scales.add_argument("--configs", default="workflows/config", help="folder of configurations (%(default)s)")
     scales.add_argument("--tables", default="paper_figures/data", help="folder of committed tables (%(default)s)")
     scales.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")
-    readme = verbs.add_parser("readme", help="fill the generated sections of a Markdown file")
-    readme.add_argument("readme", help="the file, such as README.md")
+    readme = verbs.add_parser("readme", help="fill the generated sections of Markdown files")
+    readme.add_argument("pages", nargs="+", metavar="FILE", help="the files, such as README.md docs/*.md docs/*/*.md")
     readme.add_argument("--tables", default=TABLES_DIR, help="folder with the score tables (%(default)s)")
     readme.add_argument("--times", default=TIMES_FILE, help="file of measured times (%(default)s)")
     readme.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")

@@ -1,7 +1,8 @@
 """Fill the generated sections of a Markdown file, so that no number in it is typed by hand.
 
 A section stands between `<!-- generated:NAME -->` and `<!-- /generated:NAME -->`. `times` comes from a file of measured
-times; every other NAME is the content of `NAME.md` in a folder of tables.
+times, `config`, `sheet` and `methods` from code and schemas; `figures` are filled in where the documentation is built;
+every other NAME is the content of `NAME.md` in a folder of tables.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ TIMES_SECTION = "times"
 _MARKER = re.compile(r"<!-- (/?)generated:([a-z0-9_-]+) -->")
 
 
-def fill(text: str, section: Callable[[str], str]) -> str:
+def fill(text: str, section: Callable[[str], str | None]) -> str:
     """Replace the content of every generated section.
 
     Args:
         text: Markdown.
-        section: Called with a section's name; returns its content.
+        section: Called with a section's name; returns its content, or None to leave it as it is.
 
     Returns:
         The text with new content between the markers.
@@ -41,7 +42,8 @@ def fill(text: str, section: Callable[[str], str]) -> str:
         if closing != (opened is not None) or (opened is not None and opened != name):
             raise ValueError(f"line {line}: marker {marker.group(0)} does not pair with {opened or 'an opening one'}")
         if closing:
-            parts.append(f"\n{section(name).strip()}\n")
+            content = section(name)
+            parts.append(text[position : marker.start()] if content is None else f"\n{content.strip()}\n")
             position, opened = marker.start(), None
         else:
             parts.append(text[position : marker.end()])
@@ -56,7 +58,7 @@ def update_readme(readme: str | Path, tables_dir: str | Path, times: str | Path,
 
     Args:
         readme: The Markdown file.
-        tables_dir: Folder with `NAME.md` for each section but `times`.
+        tables_dir: Folder with `NAME.md` for each section that is a table.
         times: File of measured times, see `record_time`.
         check: Only say whether the file is up to date, and leave it as it is.
 
@@ -66,13 +68,19 @@ def update_readme(readme: str | Path, tables_dir: str | Path, times: str | Path,
     Raises:
         ValueError: If a file is missing or the markers do not pair.
     """
+    from misa.results.sections import FIGURES_SECTION, made_section
+
     readme = Path(readme)
     if not readme.is_file():
         raise ValueError(f"{readme} does not exist")
 
-    def section(name: str) -> str:
+    def section(name: str) -> str | None:
         if name == TIMES_SECTION:
             return times_table(read_times(times))
+        if name == FIGURES_SECTION:
+            return None
+        if (made := made_section(name, Path())) is not None:
+            return made
         path = Path(tables_dir) / f"{name}.md"
         if not path.is_file():
             raise ValueError(f"{readme}: section {name} needs the table {path}, which does not exist")

@@ -10,6 +10,7 @@ from typing import Any
 
 from misa.results.readme import TIMES_SECTION, fill, read_times, times_table
 
+FIGURES_SECTION = "figures"
 _CAPTION = re.compile(r'^  "(\w+)": "(.*)",$', re.MULTILINE)
 
 
@@ -27,19 +28,14 @@ def fill_page(text: str, root: str | Path) -> str:
     Raises:
         ValueError: If a section is unknown or the markers do not pair.
     """
-    import yaml
-
     root = Path(root)
 
     def section(name: str) -> str:
         if name == TIMES_SECTION:
             return times_table(read_times(root / "paper_figures" / "data" / "timings.json"))
-        if name in ("config", "sheet"):
-            file = root / "workflows" / "schemas" / f"{'runs' if name == 'sheet' else name}.schema.yaml"
-            return schema_table(yaml.safe_load(file.read_text(encoding="utf-8")))
-        if name == "methods":
-            return methods_table()
-        if name == "figures":
+        if (made := made_section(name, root)) is not None:
+            return made
+        if name == FIGURES_SECTION:
             there = {path.stem for path in (root / "paper_figures").glob("*.png")}
             return figures_section((root / "workflows" / "report" / "figure.rst").read_text(encoding="utf-8"), there)
         table = root / "paper_figures" / "tables" / f"{name}.md"
@@ -48,6 +44,16 @@ def fill_page(text: str, root: str | Path) -> str:
         return table.read_text(encoding="utf-8")
 
     return fill(text, section)
+
+
+def made_section(name: str, root: Path) -> str | None:
+    """A section that is made from code or from a schema of the workflow; None if it is no such one."""
+    import yaml
+
+    if name in ("config", "sheet"):
+        file = root / "workflows" / "schemas" / f"{'runs' if name == 'sheet' else name}.schema.yaml"
+        return schema_table(yaml.safe_load(file.read_text(encoding="utf-8")))
+    return methods_table() if name == "methods" else None
 
 
 def schema_table(schema: Mapping[str, Any]) -> str:

@@ -78,7 +78,8 @@ def test_pages_and_readme_repeat_no_sentence(repository: Path) -> None:
 
 
 def prose(text: str) -> list[str]:
-    """Lines outside code and tables."""
+    """Lines written by hand, outside code and tables."""
+    text = re.sub(r"<!-- generated:(\S+) -->.*?<!-- /generated:\1 -->", "", text, flags=re.DOTALL)
     lines, in_code = [], False
     for line in text.splitlines():
         in_code ^= line.startswith("```")

@@ -141,6 +141,7 @@ def test_command_writes_a_row_for_each_scale(tmp_path: Path, scale, repository: 
     assert main(["scales", "--configs", str(tables), *words[3:]]) == 2
 
 
-def test_readme_says_what_the_tables_say(repository: Path, monkeypatch) -> None:
+def test_pages_say_what_the_tables_say(repository: Path, monkeypatch) -> None:
     monkeypatch.chdir(repository)
-    assert main(["readme", "README.md", "--check"]) == 0
+    pages = sorted(map(str, Path("docs").rglob("*.md")))
+    assert main(["readme", "README.md", *pages, "--check"]) == 0
