@@ -76,14 +76,19 @@ def overview_table(
     return head, [[label, *(column.get(label, "") for column in columns)] for label in labels.values()]
 
 
-def write_overview(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
-    """Write `overview.md` and `overview.tex` of a folder of tidy tables, and return their paths."""
+def read_overview(tables_dir: str | Path) -> tuple[list[str], list[list[str | Cell]]]:
+    """`overview_table` of a folder of tidy tables, with the peaks of `memory_grid.csv` where that lies among them."""
     from misa.figures import read_table
 
     settings, scores, runs = (read_tidy(tables_dir, name) for name in ("settings", "scores", "runs"))
     grid = Path(tables_dir) / "memory_grid.csv"
-    head, rows = overview_table(settings, scores, runs, read_table(grid) if grid.is_file() else None)
-    return write_table("overview", head, rows, output_dir, empty="No runs to compare with MISA yet.\n")
+    return overview_table(settings, scores, runs, read_table(grid) if grid.is_file() else None)
+
+
+def write_overview(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
+    """Write `overview.md` and `overview.tex` of a folder of tidy tables, and return their paths."""
+    empty = "No runs to compare with MISA yet.\n"
+    return write_table("overview", *read_overview(tables_dir), output_dir, empty)
 
 
 def _differences(of_method: Mapping[str, Sequence[str | Cell]], own_label: str) -> dict[str, str | Cell]:

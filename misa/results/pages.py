@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from misa.files import write_text
 from misa.results.ablation import ablation_table
 from misa.results.collect import MANIFEST_FILE
+from misa.results.overview import read_overview
 from misa.results.paired import paired_table
 from misa.results.published import published_table
 from misa.results.tables import SCORE_TABLES, Cell, cell_text, read_tidy, score_table, write_table
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: The pages, each `NAME.html`.
-PAGES = (*SCORE_TABLES, "paired", "published", "runs")
+PAGES = ("overview", *SCORE_TABLES, "paired", "published", "runs")
 #: Study of one question -> what makes its table of `settings.csv`.
 STUDIES = {"ablation": ablation_table, "learning_rates": tuning_table, "finetune_rates": tuning_table}
 RUNS_HEAD = ("run", "kind", "made", "commit", "package", "data", "torch", "machine")
@@ -108,6 +109,7 @@ def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
     """
     scores, runs, settings = (read_tidy(tables_dir, name) for name in ("scores", "runs", "settings"))
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]] = {
+        "overview": read_overview(tables_dir),
         **{name: score_table(scores, runs, kind) for name, kind in SCORE_TABLES.items()},
         "paired": paired_table(settings, scores),
         "published": published_table(tables_dir),

@@ -22,6 +22,8 @@ from misa.figures import FIGURES
 from misa.files import sha256_file
 from misa.memory.grid import TABLES as GRID_TABLES
 from misa.results.collect import TABLES
+from misa.results.pages import PAGES
+from misa.results.pages import STUDIES as STUDY_PAGES
 
 SCALES = ("laptop", "workstation", "paper")
 # Of the same shape, with sheets of their own for one question each.
@@ -192,8 +194,7 @@ def test_all_that_the_report_shows_is_planned(snakemake, repository: Path, tmp_p
     shutil.copytree(repository / "paper_figures", tmp_path / "paper_figures")
     done = snakemake("-n", "--config", "results=cached", folder=tmp_path)
     assert done.returncode == 0, done.stdout
-    pages = ("scores", "pretraining", "paired", "published", "runs", "ablation", "learning_rates", "finetune_rates")
-    for page in pages:
+    for page in (*PAGES, *STUDY_PAGES):
         assert f"results/cached/pages/{page}.html" in done.stdout
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from misa.figures import FIGURES
 from misa.results import read_curves, read_result
+from misa.results.pages import PAGES
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +121,7 @@ def test_figures_and_report_are_there(study) -> None:
         assert (folder / "tiny" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / "tiny" / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     report = (folder / "report.html").read_text()
-    for name in ["convergence.png", "scores.html", "pretraining.html", "paired.html", "published.html", "runs.html"]:
+    for name in ["convergence.png", *(f"{page}.html" for page in PAGES)]:
         assert name in report
 
 

@@ -89,7 +89,14 @@ rule report_pages:
         runs=f"{TABLES}/runs.csv",
         settings=f"{TABLES}/settings.csv",
         manifest=f"{TABLES}/MANIFEST.json",
+        memory=f"{TABLES}/memory_grid.csv" if CACHED else [],
     output:
+        overview=report(
+            f"{PAGES}/overview.html",
+            caption="../report/overview.rst",
+            category="Tables",
+            labels={"table": "all methods at a glance", "scale": SCALE},
+        ),
         scores=report(
             f"{PAGES}/scores.html",
             caption="../report/tables.rst",
