@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 COLUMNS = ("problem", "momentum_step", "interval", "seed", "num_updates", "mean_sq_norm")
 _TITLES = {"waves": "Quadratic with waves", "llama": "Small LLaMA"}
 _MARKERS = "osD^v"
-# A fit through three points of one seed has an interval that would hide all others.
+# Slopes that scatter have intervals that would hide all others.
 _SLOPES = (-1.25, 0.25)
 
 
 def plot(table: pd.DataFrame) -> Figure:
-    """Draw, for each problem, the means over seeds, and the slope of every setting with its 95% interval.
+    """Draw, for each problem, the geometric means over seeds, and the slope of every setting with its 95% interval.
 
-    An interval that goes on beyond the panel ends in an arrow.
+    The slope of a line of geometric means is the mean of the seeds' slopes, which `fit_slope` gives. An interval that
+    goes on beyond the panel ends in an arrow.
 
     Args:
         table: Tidy table `rate.csv`.
@@ -32,6 +33,7 @@ def plot(table: pd.DataFrame) -> Figure:
         ValueError: If columns are missing, there are no rows, or a setting has runs of one length only.
     """
     s.require(table, COLUMNS)
+    import numpy as np
     from matplotlib import colormaps
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
@@ -54,7 +56,7 @@ def plot(table: pd.DataFrame) -> Figure:
                     rows = own[(own["interval"] == interval) & (own["momentum_step"] == with_step)]
                     if rows.empty:
                         continue
-                    means = rows.groupby("num_updates")["mean_sq_norm"].mean()
+                    means = np.exp(np.log(rows.set_index("num_updates")["mean_sq_norm"]).groupby(level=0).mean())
                     (line,) = curves.plot(means.index, means, linestyle=dash, fillstyle=fill, **look)
                     if with_step:
                         handles[f"T = {interval}"] = line
@@ -69,7 +71,7 @@ def plot(table: pd.DataFrame) -> Figure:
                         if is_cut:
                             slopes.plot(end, y, marker=marker, color=colors[i], markersize=4, clip_on=False)
             ends = sorted(own["num_updates"].unique())
-            level = own["mean_sq_norm"].max() * 1.15
+            level = max(line.get_ydata().max() for line in curves.get_lines()) * 1.15
             guide = [level * (x / ends[0]) ** EXPECTED_SLOPE for x in (ends[0], ends[-1])]
             guides = {"color": "#777777", "linewidth": 0.8, "linestyle": (0, (1, 1))}
             handles["slope -1/2"] = curves.plot([ends[0], ends[-1]], guide, **guides)[0]

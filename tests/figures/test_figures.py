@@ -282,3 +282,10 @@ def test_text_in_the_place_of_a_number_is_named(tmp_path):
     path.write_text("run,seed,value\na,0,0.5\nb,0,nan\nc,0,\nd,0,inf\ne,1,half\n")
     with pytest.raises(ValueError, match=r"scores\.csv, line 6: value is 'half', allowed is a number"):
         read_table(path)
+
+
+def test_points_of_the_rate_are_geometric_means_so_that_their_line_has_the_slope_beside():
+    rows = [("waves", True, 5, seed, k, 4.0**seed * 100 / k) for seed in (-1, 0, 1) for k in (100, 400)]
+    names = ["problem", "momentum_step", "interval", "seed", "num_updates", "mean_sq_norm"]
+    figure = plot("rate", pd.DataFrame(rows, columns=names))
+    assert figure.axes[0].get_lines()[0].get_ydata() == pytest.approx([1.0, 0.25])
