@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misa.results.readme import duration, read_times
+from misa.results.sheets import read_sheet
 from misa.results.tables import write_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 HEAD = ("scale", "training runs", "a job takes", "measured")
+KINDS = ("pretrain", "finetune")
 #: The scale that `make reproduce` runs; its whole chain is timed.
 TIMED = ("laptop", "make reproduce")
 
@@ -39,7 +40,7 @@ def scale_row(config: Mapping[str, Any], sheet: list[dict[str, str]], runs: pd.D
         takes = "one core" if config["threads"] == 1 else f"{config['threads']} cores"
     found = []
     if runs is not None:
-        trained = runs[runs["kind"].isin(["pretrain", "finetune"]) & (runs["num_steps"] == runs["run"].map(steps))]
+        trained = runs[runs["kind"].isin(KINDS) & (runs["num_steps"] == runs["run"].map(steps))]
         own = runs[runs["run"].isin(trained["run"])]
         for machine, there in own.groupby("machine"):
             seconds = sum(float(there[name].sum()) for name in ("wall_s", "evaluate_s") if name in there)
@@ -67,7 +68,7 @@ def write_scales(configs_dir: str | Path, tables_dir: str | Path, output_dir: st
         The paths written.
 
     Raises:
-        ValueError: If there is no configuration, or one has not what is needed.
+        ValueError: If there is no configuration, or one lacks a key, or a sheet is unusable.
     """
     import yaml
 
@@ -76,8 +77,9 @@ def write_scales(configs_dir: str | Path, tables_dir: str | Path, output_dir: st
     rows: list[list[str]] = []
     for path in sorted(Path(configs_dir).glob("*.yaml")):
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        with (Path(configs_dir).parents[1] / config["sheet"]).open(encoding="utf-8", newline="") as sheet:
-            own = list(csv.DictReader(sheet, delimiter="\t"))
+        if missing := sorted({"scale", "study", "sheet", "threads", "gpus", "mixes", *KINDS} - config.keys()):
+            raise ValueError(f"{path} has no {', '.join(missing)}")
+        own = [row for _, row in read_sheet(Path(configs_dir).parents[1] / config["sheet"])]
         folder = Path(tables_dir) if config["study"] == "headline" else Path(tables_dir) / config["study"]
         table = folder / "runs.csv"
         row = scale_row(config, own, read_table(table) if table.is_file() else None)

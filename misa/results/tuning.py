@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 from misa.files import write_text
+from misa.results.sheets import read_sheet
 from misa.results.tables import Cell, require_one_kind
 
 if TYPE_CHECKING:
@@ -135,25 +136,10 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         ValueError: If the sheet is missing or unusable.
     """
     chosen, kind = chosen_rates(settings), settings["kind"].iloc[0]
-    path = Path(sheet)
-    if not path.is_file():
-        raise ValueError(f"sheet {sheet} does not exist")
+    path, rows = Path(sheet), read_sheet(sheet)
     lines = path.read_text(encoding="utf-8").splitlines()
-    columns: list[str] = []
     changed = []
-    for number, line in enumerate(lines):
-        # As `workflows/rules/common.smk` reads sheets.
-        if not line.strip() or line.startswith("#"):
-            continue
-        cells = line.split("\t")
-        if not columns:
-            columns = cells
-            continue
-        if len(cells) != len(columns):
-            raise ValueError(f"sheet {sheet}, line {number + 1}: {len(cells)} cells, and {len(columns)} columns")
-        row = dict(zip(columns, cells, strict=True))
-        if not {"run", "kind", "args"} <= row.keys():
-            raise ValueError(f"sheet {sheet} lacks one of the columns run, kind, args")
+    for number, row in rows:
         words = shlex.split(row["args"])
         method = words[words.index("--method") + 1] if "--method" in words else ""
         trained = Trained(row.get("data") or BUILT_IN.get(row["kind"], ""), method)
@@ -165,11 +151,9 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         others = re.sub(r" ?--(learning_rate|always_on_lr) \S+", "", row["args"])
         rate, always_on = chosen[trained]
         words_now = f"--learning_rate {rate:g}" + ("" if always_on is None else f" --always_on_lr {always_on:g}")
-        cells[columns.index("args")] = re.sub(r"--method \S+", rf"\g<0> {words_now}", others, count=1)
-        lines[number] = "\t".join(cells)
+        row["args"] = re.sub(r"--method \S+", rf"\g<0> {words_now}", others, count=1)
+        lines[number] = "\t".join(row.values())
         changed.append(row["run"])
-    if not columns:
-        raise ValueError(f"sheet {sheet} is empty")
     write_text(path, "\n".join(lines) + "\n")
     return changed
 

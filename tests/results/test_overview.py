@@ -122,11 +122,11 @@ def test_hours_are_those_of_runs_with_the_steps_of_the_scale(scale) -> None:
     assert scale_row(scale | {"threads": 0}, sheet, None)[2] == "all cores"
 
 
-def test_command_writes_a_row_for_each_scale(tmp_path: Path, scale, repository: Path) -> None:
+def test_command_writes_a_row_for_each_scale(tmp_path: Path, scale, capsys) -> None:
     configs, tables = tmp_path / "workflows" / "config", tmp_path / "tables"
     configs.mkdir(parents=True)
     tables.mkdir()
-    (configs / "small.tsv").write_text("run\tkind\targs\na\tpretrain\t\n")
+    (configs / "small.tsv").write_text("# what is asked\nrun\tkind\targs\n\na\tpretrain\t\n")
     more = {"study": "headline", "sheet": "workflows/config/small.tsv"}
     for name in ("small", "laptop"):
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(scale | more | {"scale": name}))
@@ -139,6 +139,9 @@ def test_command_writes_a_row_for_each_scale(tmp_path: Path, scale, repository: 
         "| `small` | 1 | one core | none |",
     ]
     assert main(["scales", "--configs", str(tables), *words[3:]]) == 2
+    (configs / "small.yaml").write_text("scale: small\n")
+    assert main(words) == 2
+    assert "small.yaml has no finetune, gpus, mixes, pretrain, sheet, study, threads" in capsys.readouterr().err
 
 
 def test_pages_say_what_the_tables_say(repository: Path, monkeypatch) -> None:
