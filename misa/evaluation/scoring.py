@@ -25,7 +25,6 @@ SPLITS = {"misa_family": "test", "perplexity": "validation"}
 
 PREFIX = "misa_"
 FAMILIES = ("math", "commonsense")
-PROTOCOLS = ("paper", "harness")
 
 
 @dataclass(frozen=True)

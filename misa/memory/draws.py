@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,8 +90,3 @@ class Draws:
 def has_closed_form(method: str) -> bool:
     """Whether the formula covers a method."""
     return method in COVERED
-
-
-def by_matrix(laboratory: Laboratory, draw: Sequence[int]) -> Mapping[str, int]:
-    """Names and sizes of the blocks of a draw."""
-    return {laboratory.blocks[i].name: laboratory.blocks[i].numel for i in draw}
