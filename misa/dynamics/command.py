@@ -313,10 +313,17 @@ def find_snapshots(models: list[str]) -> list[Snapshot]:
 
 
 def snapshot_step(folder: Path) -> int:
-    """Step at which a model folder was saved, or `UNKNOWN_STEP`; see `find_snapshots`."""
+    """Step at which a model folder was saved, or `UNKNOWN_STEP`; see `find_snapshots`.
+
+    Raises:
+        ValueError: If the folder's `trainer_state.json` does not say it.
+    """
     state = folder / "trainer_state.json"
     if state.is_file():
-        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+        try:
+            return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{state} does not say its global_step ({type(error).__name__}: {error})") from error
     numbered = _NUMBERED.fullmatch(folder.resolve().name)
     if numbered:
         return int(numbered.group(1))

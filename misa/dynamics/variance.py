@@ -157,8 +157,10 @@ def draw_of(scheme: str, gradients: BlockGradients, budget: float, effective_sha
     - `matrix_uniform`: the same for matrices.
     - `matrix_importance_eta1`: matrices, weights \(p = \mathrm{softmax}(\eta s_b / n_b)\) with \(\eta = 1\), the
       paper's default.
-    - `matrix_importance_official`: the same by the authors' code, \(\mathrm{softmax}(\min(5, \eta \bar n_b^2))\) with
-      \(\eta = 1\) and the mean norm \(\bar n_b = \frac1N \sum_i \lVert g_{i,b} \rVert\).
+    - `matrix_importance_official`: the same by the scores of the authors' code, \(\mathrm{softmax}(\min(5, \eta \bar
+      n_b^2))\) with \(\eta = 1\) and the mean norm \(\bar n_b = \frac1N \sum_i \lVert g_{i,b} \rVert\). That is where
+      these scores end after many updates: their correction of the bias, applied anew at every update, makes earlier
+      ones several times larger and their draws more uneven. The authors pre-train with \(\eta = 500\).
     - `matrix_importance_auto`: as the paper's with the \(\eta\) at which \(1 / \sum p^2\) is `effective_share` of all
       blocks.
     - `matrix_oracle`: weights \(\sqrt{s_b / n_b}\) from the true second moments. It has the least variance of all

@@ -35,7 +35,18 @@ CACHED_TABLES = "paper_figures/data"
 
 #: Columns that hold numbers in every tidy table that has them; an empty cell is a missing one.
 NUMBERS = frozenset(
-    ["value", "stderr", "seed", "step", "bytes", "eval_loss", "train_s", "num_documents", "tokens", "time_s"]
+    [
+        *("value", "stderr", "seed", "step", "bytes", "eval_loss", "train_s", "num_documents", "tokens", "time_s"),
+        *("batch_size", "seq_len", "num_tokens", "limit_bytes", "weights_bytes", "state_bytes"),
+        *("numel", "sq_norm", "noise", "age", "interval", "num_updates", "lr", "mean_sq_norm"),
+    ]
+)
+#: Columns that say what a row is about, in which no cell of any tidy table may be empty.
+NAMES = frozenset(
+    [
+        *("run", "kind", "method", "task", "metric", "category", "moment", "checkpointing", "batch_size", "seq_len"),
+        *("snapshot", "block", "matrix", "scheme", "quantity", "source", "problem", "momentum_step", "num_updates"),
+    ]
 )
 
 
@@ -100,7 +111,8 @@ def read_table(path: str | Path, columns: Iterable[str] = ()) -> pd.DataFrame:
         The table.
 
     Raises:
-        ValueError: If there is no such file, it holds nothing, a column is missing, or a number is none.
+        ValueError: If there is no such file, it holds nothing, a column is missing, a number is none, or a row does not
+            say what it is about.
     """
     import pandas as pd
 
@@ -124,4 +136,8 @@ def read_table(path: str | Path, columns: Iterable[str] = ()) -> pd.DataFrame:
             raise ValueError(
                 f"table {path}, line {wrong.index[0] + 2}: {column} is {wrong.iloc[0]!r}, allowed is a number"
             )
+    for column in NAMES.intersection(table):
+        empty = table.index[table[column].isna()]
+        if len(empty):
+            raise ValueError(f"table {path}, line {empty[0] + 2}: {column} is empty")
     return table

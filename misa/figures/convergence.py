@@ -51,17 +51,16 @@ def plot(table: pd.DataFrame) -> Figure:
         handles: dict[tuple[int, str], Any] = {}
         for row, (title, of_kind) in zip(axes, panels.items(), strict=True):
             metric = next(name for name in _METRICS if (of_kind["metric"] == name).any())
-            of_kind = of_shared_seeds(with_series(of_kind[of_kind["metric"] == metric]))
+            of_all = with_series(of_kind[of_kind["metric"] == metric])
+            of_kind = of_shared_seeds(of_all)
             late = of_kind[of_kind["step"] >= of_kind["step"].max() / 2]["value"]
             late = late[np.isfinite(late)]
             machine = of_kind.groupby("machine", sort=False)["series"].nunique().idxmax()
-            for (method, series), rows in of_kind.groupby(["method", "series"]):
-                look = s.look(s.METHODS, method)
-                for ax, (column, (_, unit)) in zip(row, _AXES.items(), strict=True):
-                    drawn = rows[rows["machine"] == machine] if column == "time_s" else rows
+            timed = of_shared_seeds(of_all[of_all["machine"] == machine])
+            for ax, (column, (_, unit)) in zip(row, _AXES.items(), strict=True):
+                for (method, series), drawn in (timed if column == "time_s" else of_kind).groupby(["method", "series"]):
+                    look = s.look(s.METHODS, method)
                     points = drawn.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"])
-                    if points.empty:
-                        continue
                     x = points.index if column == "step" else points[column]["mean"] / unit
                     value = points["value"]
                     (line,) = ax.plot(

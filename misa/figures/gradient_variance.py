@@ -68,7 +68,8 @@ def plot(table: pd.DataFrame) -> Figure:
         else:
             left.set_xlim(left=0)
         # Two lines, or the names would take half of the width.
-        labels = [s.look(s.SCHEMES, scheme).label.replace("importance, ", "importance,\n") for scheme in schemes]
+        labels = [s.look(s.SCHEMES, scheme).label for scheme in schemes]
+        labels = [",\n".join(label.rsplit(", ", 1)) if label.count(", ") > 1 else label for label in labels]
         left.set_yticks(range(len(schemes)), labels)
         left.set_ylim(len(schemes) - 0.5, -0.5)
         left.set_xlabel("variance / $\\|g\\|^2$")

@@ -70,7 +70,7 @@ SCHEMES = {
     "layer_uniform": Look("layer, uniform", METHODS["lisa"].color, "^"),
     "matrix_uniform": Look("matrix, uniform", METHODS["misa_uniform"].color, "h"),
     "matrix_importance_eta1": Look("matrix, importance, $\\eta = 1$", METHODS["misa"].color, "o"),
-    "matrix_importance_official": Look("matrix, authors' code", METHODS["misa"].color, "X"),
+    "matrix_importance_official": Look("matrix, authors' scores, $\\eta = 1$", METHODS["misa"].color, "X"),
     "matrix_importance_auto": Look("matrix, importance, auto $\\eta$", METHODS["misa"].color, "P"),
     "matrix_oracle": Look("matrix, oracle", METHODS["adamw"].color, "*"),
 }

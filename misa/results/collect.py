@@ -44,14 +44,16 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     "runs": (*_RUN_COLUMNS, "machine"),
 }
-# Tables that the command which measured them writes beside its result.
-_COPIED = {
-    "memory": "memory",
-    "variance": "variance",
-    "gradient_norms": "variance",
-    "staleness": "variance",
-    "rate": "rate",
+# Tables that the command which measured them writes beside its result, whose rows do not name it: kind of the result,
+# and the columns that were measured. The others say what was measured, which no two rows share.
+_COPIED: dict[str, tuple[str, frozenset[str]]] = {
+    "memory": ("memory", frozenset(["bytes"])),
+    "variance": ("variance", frozenset(["value"])),
+    "gradient_norms": ("variance", frozenset(["numel", "sq_norm", "noise"])),
+    "staleness": ("variance", frozenset(["value"])),
+    "rate": ("rate", frozenset(["lr", "mean_sq_norm"])),
 }
+_MEASUREMENTS = frozenset(kind for kind, _ in _COPIED.values())
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def collect(found: Sequence[Found]) -> dict[str, pd.DataFrame]:
         Table name -> data frame.
 
     Raises:
-        ValueError: If a file that a result names is missing or malformed.
+        ValueError: If a file that a result names is missing or malformed, or two results measured the same.
     """
     import pandas as pd
 
@@ -124,11 +126,25 @@ def collect(found: Sequence[Found]) -> dict[str, pd.DataFrame]:
             rows["convergence"] += _curve_rows(item)
         if result.kind == "evaluate":
             rows["scores"] += _score_rows(result)
-        for table, kind in _COPIED.items():
+        for table, (kind, _) in _COPIED.items():
             if result.kind == kind:
                 rows[table] += _copied_rows(item.folder / f"{table}.csv", TABLES[table])
     # An explicit order of columns, so that a table without rows has them too.
-    return {name: pd.DataFrame(rows[name], columns=_columns(name, rows[name])) for name in TABLES}
+    tables = {name: pd.DataFrame(rows[name], columns=_columns(name, rows[name])) for name in TABLES}
+    for name, table in tables.items():
+        _require_distinct(name, table)
+    return tables
+
+
+def _require_distinct(name: str, table: pd.DataFrame) -> None:
+    """Refuse a table of measurements in which one was taken twice: figures would add the two up."""
+    if name not in _COPIED:
+        return
+    told = [column for column in TABLES[name] if column in table and column not in _COPIED[name][1]]
+    twice = table[table.duplicated(told)]
+    if len(twice):
+        which = ", ".join(f"{column} {value}" for column, value in twice.iloc[0][told].items())
+        raise ValueError(f"table {name} would have two measurements of {which}; give one of the results alone")
 
 
 def digest_warnings(found: Sequence[Found]) -> list[str]:
@@ -191,7 +207,8 @@ def add_to_tables(
 
     Raises:
         ValueError: If the folder has no manifest, a table is not the one that the manifest describes, or a run is
-            there already and not to be replaced; but a run may be scored on further tasks.
+            there already and not to be replaced; but a run may be scored on further tasks. If scores to be replaced
+            are on more tasks than those given, or a measurement would be there twice.
     """
     import pandas as pd
 
@@ -199,13 +216,13 @@ def add_to_tables(
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: only tables that were collected can be added to")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = _read_manifest(path)
     there = Counter((run["kind"], run["run"]) for run in manifest["runs"])
     of_kind = Counter(run["kind"] for run in manifest["runs"])
-    gone = {(item.result.kind, item.result.run) for item in found} if replace else set()
+    gone = {_key(item.result) for item in found} if replace else set()
     for item in found:
         kind, name = item.result.kind, item.result.run
-        if there[kind, name] and kind in _COPIED.values() and (not replace or of_kind[kind] > 1):
+        if there[kind, name] and kind in _MEASUREMENTS and (not replace or of_kind[kind] > 1):
             raise ValueError(f"{folder} holds the result {name} of kind {kind} already, whose rows do not name it")
         if there[kind, name] > 1 and replace:
             raise ValueError(
@@ -226,17 +243,39 @@ def add_to_tables(
                 tasks = ", ".join(sorted({task for _, task in again}))
                 raise ValueError(f"{folder} holds scores of the same run on {tasks} already")
             old = old[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
-        elif any(there[key] and key[0] == _COPIED.get(Path(name).stem) for key in gone):
+            scored = {_scored_run(i.result) for i in found if i.result.kind == "evaluate" and _key(i.result) in there}
+            if replace and (left := sorted(set(old["task"][old["run"].isin(scored)]))):
+                raise ValueError(
+                    f"{folder} holds scores on {', '.join(left)}, too, of what is to be replaced, which would be left "
+                    "without their origin; give results on all these tasks"
+                )
+        elif any(there[key] and key[0] == _COPIED.get(Path(name).stem, ("",))[0] for key in gone):
             old = new.iloc[:0]  # also where its columns have changed since
         elif gone and {"kind", "run"} <= set(old):
             old = old[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
         table = pd.concat([old, new], ignore_index=True)
+        _require_distinct(Path(name).stem, table)
         texts[name] = table.to_csv(index=False, lineterminator="\n"), len(table)
     paths = [write_text(folder / name, text) for name, (text, _) in texts.items()]
     manifest["tables"] = {path.name: {"sha256": sha256_file(path), "rows": texts[path.name][1]} for path in paths}
     manifest["runs"] = [run for run in manifest["runs"] if (run["kind"], run["run"]) not in gone]
     manifest["runs"] += [_manifest_row(item.result) for item in found]
     return [*paths, write_text(path, json.dumps(manifest, indent=2) + "\n")]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of tables, with what is read of it in its place."""
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = [(run["kind"], run["run"]) for run in manifest["runs"]]
+        known += [(TABLES[Path(name).stem], table["sha256"]) for name, table in manifest["tables"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of collected tables ({type(error).__name__}: {error})") from error
+    return manifest
+
+
+def _key(result: Result) -> tuple[str, str]:
+    return result.kind, result.run
 
 
 def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, replace: bool = False) -> list[Path]:
@@ -302,6 +341,11 @@ def _curve_rows(item: Found) -> list[Mapping[str, Any]]:
     return [columns | point.model_dump() for point in points]
 
 
+def _scored_run(result: Result) -> str:
+    """The run whose model was scored; the base model has only the evaluation's own name."""
+    return result.config.get("base_run") or result.run
+
+
 def _score_rows(result: Result) -> list[Mapping[str, Any]]:
     versions, hashes = result.config.get("task_versions", {}), result.config.get("prompt_hashes", {})
     rows: list[Mapping[str, Any]] = []
@@ -311,8 +355,7 @@ def _score_rows(result: Result) -> list[Mapping[str, Any]]:
             continue  # sizes and errors are no scores; they stand beside one
         rows.append(
             {
-                # A score belongs to the run whose model was scored; the base model has only the evaluation's own name.
-                "run": result.config.get("base_run") or result.run,
+                "run": _scored_run(result),
                 "method": result.method,
                 "seed": result.seed,
                 "task": task,

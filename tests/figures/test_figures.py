@@ -6,7 +6,7 @@ import sys
 import matplotlib as mpl
 import pandas as pd
 import pytest
-from example_tables import METHODS, TABLES, convergence, memory, memory_grid, scores, settings, staleness
+from example_tables import METHODS, TABLES, convergence, memory, memory_grid, rate, scores, settings, staleness
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from misa.figures import CACHED_TABLES, FIGURES, plot, read_table
@@ -265,6 +265,22 @@ def test_times_of_another_machine_are_left_out():
             assert line.get_xdata().tolist() == other.get_xdata().tolist()
 
 
+def test_times_are_of_the_seeds_that_all_methods_have_on_their_machine():
+    table = convergence()
+    table = table[table["kind"] == "finetune"].assign(machine="a")
+    # One more seed, which all but one method ran elsewhere.
+    more = table[table["seed"] == table["seed"].min()].assign(seed=7, value=lambda t: 9 * t["value"])
+    more["machine"] = more["method"].map(lambda method: "a" if method == "misa" else "b")
+    for axes, expected in zip(
+        plot("convergence", pd.concat([table, more])).axes, plot("convergence", table).axes, strict=True
+    ):
+        same = [
+            line.get_ydata().tolist() == other.get_ydata().tolist()
+            for line, other in zip(axes.lines, expected.lines, strict=True)
+        ]
+        assert all(same) if axes.get_xlabel() == "training time (s)" else not any(same)
+
+
 def test_means_are_over_the_seeds_that_all_methods_have():
     table = convergence()
     table = table[table["kind"] == "finetune"]
@@ -281,6 +297,16 @@ def test_text_in_the_place_of_a_number_is_named(tmp_path):
     path = tmp_path / "scores.csv"
     path.write_text("run,seed,value\na,0,0.5\nb,0,nan\nc,0,\nd,0,inf\ne,1,half\n")
     with pytest.raises(ValueError, match=r"scores\.csv, line 6: value is 'half', allowed is a number"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(("name", "column"), [("memory", "method"), ("memory", "seq_len"), ("rate", "mean_sq_norm")])
+def test_cell_that_a_figure_cannot_do_without_is_named(name, column, tmp_path):
+    path = tmp_path / f"{name}.csv"
+    table = {"memory": memory, "rate": rate}[name]().astype(object)
+    table.loc[1, column] = "" if name == "memory" else "some"
+    table.to_csv(path, index=False)
+    with pytest.raises(ValueError, match=rf"{name}\.csv, line 3: {column} is (empty|'some', allowed is a number)"):
         read_table(path)
 
 

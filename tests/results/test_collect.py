@@ -1,6 +1,7 @@
 """From result files on disk to tidy tables, score tables and the README."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -99,16 +100,60 @@ def test_measurement_made_again_takes_the_place_of_the_one_of_its_kind(results, 
     out = tmp_path / "tables"
     main(["collect", str(results), "--output_dir", str(out)])
     before = {path: path.read_bytes() for path in out.glob("*.csv")}
-    pd.DataFrame([dict.fromkeys(TABLES["rate"], 2)] * 3).to_csv(results / "rate" / "rate.csv", index=False)
+    rates = pd.DataFrame([dict.fromkeys(TABLES["rate"], 2) | {"seed": seed} for seed in range(3)])
+    rates.to_csv(results / "rate" / "rate.csv", index=False)
     words = ["collect", str(results / "rate"), "--output_dir", str(out)]
     assert main([*words, "--replace"]) == 0
     assert read_table(out / "rate.csv").shape == (3, len(TABLES["rate"]))
     assert {path for path in before if path.read_bytes() != before[path]} == {out / "rate.csv", out / "runs.csv"}
     content = json.loads((results / "rate/result.json").read_text())
     (results / "rate/result.json").write_text(json.dumps(content | {"run": "other"}))
+    assert main([*words, "--add"]) == 2
+    assert "table rate would have two measurements of problem 2, momentum_step 2" in capsys.readouterr().err
+    rates.assign(problem="other").to_csv(results / "rate" / "rate.csv", index=False)
     assert main([*words, "--add"]) == 0
     assert main([*words, "--replace"]) == 2
     assert "holds the result other of kind rate already, whose rows do not name it" in capsys.readouterr().err
+
+
+def test_scores_are_replaced_with_all_their_tasks(tmp_path, capsys):
+    out = tmp_path / "t"
+
+    def score(folder, tasks, *words):
+        part = result("a", "evaluate", metrics={f"{task}/acc": 0.5 for task in tasks}, config={"tasks": tasks})
+        write_result(part, tmp_path / folder)
+        return main(["collect", str(tmp_path / folder), "--output_dir", str(out), *words])
+
+    assert score("first", ["arc_easy", "boolq"]) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for again in (["arc_easy"], ["piqa"]):
+        assert score("again", again, "--replace") == 2
+        assert "boolq, too, of what is to be replaced" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    assert score("again", ["arc_easy", "boolq", "piqa"], "--replace") == 0
+    assert set(read_table(out / "scores.csv")["task"]) == {"arc_easy", "boolq", "piqa"}
+    assert len(json.loads((out / "MANIFEST.json").read_text())["runs"]) == 1
+
+
+def test_two_measurements_of_one_setting_are_refused(results, tmp_path, capsys):
+    shutil.copytree(results / "memory", results / "again")
+    write_result(result("again", "memory", "misa"), results / "again")
+    assert main(["collect", str(results), "--output_dir", str(tmp_path / "t")]) == 2
+    assert "two measurements of method misa, model m, batch_size 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"runs": [{}], "tables": {}}', '{"runs": [], "tables": []}'])
+def test_manifest_that_is_none_is_named(text, results, tmp_path, capsys):
+    (tmp_path / "MANIFEST.json").write_text(text)
+    assert main(["collect", str(results), "--output_dir", str(tmp_path), "--add"]) == 2
+    assert "MANIFEST.json is no manifest of collected tables" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("described", [{"scores.csv": {}}, {"pies.csv": {"sha256": ""}}])
+def test_manifest_of_unknown_tables_is_named(described, results, tmp_path, capsys):
+    (tmp_path / "MANIFEST.json").write_text(json.dumps({"runs": [], "tables": described}))
+    assert main(["collect", str(results), "--output_dir", str(tmp_path), "--add"]) == 2
+    assert "MANIFEST.json is no manifest of collected tables" in capsys.readouterr().err
 
 
 def test_curve_values_keep_every_digit(results, tmp_path):
