@@ -195,6 +195,13 @@ def test_step_of_a_snapshot(tmp_path):
     assert [found.name for found in find_snapshots([str(run), f"x={plain}"])] == ["run", "x"]
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"global_step": null}'])
+def test_snapshot_that_does_not_say_its_step_is_named(text, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"trainer_state\.json does not say its global_step"):
+        snapshot_step(tmp_path)
+
+
 def test_snapshots_of_a_run_are_found_in_order_and_compared_with_its_end(tmp_path):
     for step in (100, 20):
         (tmp_path / "run" / "snapshots" / f"step-{step}").mkdir(parents=True)
