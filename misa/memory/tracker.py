@@ -162,8 +162,9 @@ class MemoryTracker(TorchDispatchMode):
         self._recomputing = False
         self._parameters: list[torch.nn.Parameter] = []
         self._optimizers: list[torch.optim.Optimizer] = []
-        # What an optimizer holds and may hang a gradient on, during its step, by id.
-        self._masters: dict[int, torch.Tensor] = {}
+        # What an optimizer holds and may hang a gradient on, during its step, by id. Not held here, since a step that
+        # ends a round gives up the states of its blocks.
+        self._masters: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
     # --- what exists before, and names for what happens -------------------------------------------------------------
 
@@ -212,7 +213,8 @@ class MemoryTracker(TorchDispatchMode):
         handles = self._follow_gradients() if name == "backward" else []
         self._follow_sizes()
         if name == "step":
-            self._masters = {id(t): t for root in self._optimizers for t in reachable_tensors(root) if t.is_leaf}
+            for root in self._optimizers:
+                self._masters.update((id(t), t) for t in reachable_tensors(root) if t.is_leaf)
         try:
             yield
         finally:
@@ -220,7 +222,7 @@ class MemoryTracker(TorchDispatchMode):
                 handle.remove()
             self._end_phase(name)
             self._phase = _OUTSIDE
-            self._masters = {}
+            self._masters.clear()
 
     def enter_logits(self) -> None:
         """Everything made from here on belongs to the logits and the loss, until `leave_logits` or the phase ends."""

@@ -224,6 +224,17 @@ def test_tracker_does_not_keep_storages_alive():
     assert tracker.live_bytes == 0
 
 
+def test_state_given_up_in_the_step_is_gone_before_the_next_is_made():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    optimizer.state["master"] = torch.zeros(1000)
+    tracker = MemoryTracker()
+    tracker.watch_optimizer(optimizer)
+    with tracker, tracker.phase("step"):
+        del optimizer.state["master"]
+        optimizer.state["master"] = torch.zeros(1000)
+    assert tracker.peak.total_bytes == 1001 * FLOAT
+
+
 def test_reachable_tensors_enters_objects_but_not_models():
     class Holder:
         __slots__ = ("inside",)
