@@ -31,16 +31,17 @@ def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
         A dictionary that JSON can hold.
     """
     laboratory = Laboratory(scenario)
+    drawn = laboratory.active
     memory = laboratory.measure()
     found: dict[str, Any] = {"scenario": asdict(scenario), "num_params": laboratory.num_params, **_step(memory)}
     found["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in laboratory.settings.items()}
     found["settings"].pop("interval", None)
     if has_closed_form(scenario.method):
         draws = Draws(laboratory, num_draws)
-        estimate = draws.estimate(laboratory.active)
+        estimate = draws.estimate(drawn)
         found["closed_form"] = {"peak_bytes": estimate.peak_bytes, "moment": estimate.moment}
     if laboratory.blocks:
-        names = [laboratory.blocks[i].name for i in laboratory.active]
+        names = [laboratory.blocks[i].name for i in drawn]
         found["draw"] = {"used": names, "used_bytes": memory.peak.total_bytes}
         if has_closed_form(scenario.method):
             worst = draws.worst()
@@ -53,7 +54,7 @@ def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
                 "num_draws": num_draws,
                 "mean_lowest_layer": sum(lowest) / len(lowest),
             }
-    found["would_lower"] = _levers(scenario, laboratory)
+    found["would_lower"] = _levers(scenario, laboratory, drawn)
     return found
 
 
@@ -68,8 +69,8 @@ def _step(memory: StepMemory) -> dict[str, Any]:
     }
 
 
-def _levers(scenario: Scenario, laboratory: Laboratory) -> list[dict[str, Any]]:
-    """Peaks of the same draw under one change each, by the closed form, the largest saving first."""
+def _levers(scenario: Scenario, laboratory: Laboratory, draw: Sequence[int]) -> list[dict[str, Any]]:
+    """What one change each saves of the peak of a draw, by the closed form, the largest saving first."""
     if not has_closed_form(scenario.method):
         return []
     changes: list[tuple[str, dict[str, Any]]] = []
@@ -90,10 +91,10 @@ def _levers(scenario: Scenario, laboratory: Laboratory) -> list[dict[str, Any]]:
         ]
     if scenario.seq_len > 1:
         changes.append((f"--seq_len {scenario.seq_len // 2}", {"seq_len": scenario.seq_len // 2}))
-    now = Draws(laboratory, 1).estimate(laboratory.active).peak_bytes
+    now = Draws(laboratory, 1).estimate(draw).peak_bytes
     found = []
     for words, fields in changes:
-        saved = now - Draws(laboratory, 1, **fields).estimate(laboratory.active).peak_bytes
+        saved = now - Draws(laboratory, 1, **fields).estimate(draw).peak_bytes
         if saved > 0.001 * now:
             found.append({"change": words, "saves_bytes": saved})
     return sorted(found, key=lambda lever: -lever["saves_bytes"])
