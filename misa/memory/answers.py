@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from misa.memory.draws import NUM_DRAWS, Draws, has_closed_form
-from misa.memory.fit import TOKEN_STEP, Plan, largest_batch, measure_worst
+from misa.memory.closed_form import uncovered
+from misa.memory.draws import NUM_DRAWS, Draws
+from misa.memory.fit import NEAR, TOKEN_STEP, Plan, draw_measured, largest_batch, measure_worst, worst_bytes
+from misa.memory.models import configuration
 from misa.memory.scenario import ALL_LAYERS, Laboratory, Scenario, is_blockwise
 from misa.memory.sizes import GIB, in_gib
 from misa.memory.step import StepMemory
@@ -19,6 +21,8 @@ NOT_COUNTED = (
     "products and an allocator that fragments (a few per cent)."
 )
 
+_BUDGETS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5)
+
 
 def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
     """Measure one scenario: with the blocks drawn, and for block methods with the worst draw and the mean over draws.
@@ -28,7 +32,8 @@ def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
         num_draws: Draws of the mean, by the closed form.
 
     Returns:
-        A dictionary that JSON can hold.
+        A dictionary that JSON can hold. Where there is no closed form, `no_closed_form` says why, and what comes of it
+        is left out: the worst draw, the mean, and what would lower the peak.
     """
     laboratory = Laboratory(scenario)
     drawn = laboratory.active
@@ -36,24 +41,23 @@ def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
     found: dict[str, Any] = {"scenario": asdict(scenario), "num_params": laboratory.num_params, **_step(memory)}
     found["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in laboratory.settings.items()}
     found["settings"].pop("interval", None)
-    if has_closed_form(scenario.method):
-        draws = Draws(laboratory, num_draws)
-        estimate = draws.estimate(drawn)
-        found["closed_form"] = {"peak_bytes": estimate.peak_bytes, "moment": estimate.moment}
     if laboratory.blocks:
         names = [laboratory.blocks[i].name for i in drawn]
         found["draw"] = {"used": names, "used_bytes": memory.peak.total_bytes}
-        if has_closed_form(scenario.method):
-            worst = draws.worst()
-            peak = measure_worst(laboratory)
-            lowest = draws.lowest_layers()
-            found["draw"] |= {
-                "worst": [laboratory.blocks[i].name for i in worst],
-                "worst_bytes": peak.peak.total_bytes,
-                "mean_bytes": round(draws.mean_bytes()),
-                "num_draws": num_draws,
-                "mean_lowest_layer": sum(lowest) / len(lowest),
-            }
+    if why := uncovered(scenario.method, laboratory.config):
+        return {**found, "no_closed_form": why}
+    draws = Draws(laboratory, num_draws)
+    estimate = draws.estimate(drawn)
+    found["closed_form"] = {"peak_bytes": estimate.peak_bytes, "moment": estimate.moment}
+    if laboratory.blocks:
+        lowest = draws.lowest_layers()
+        found["draw"] |= {
+            "worst": [laboratory.blocks[i].name for i in draws.worst()],
+            "worst_bytes": measure_worst(laboratory).peak.total_bytes,
+            "mean_bytes": round(draws.mean_bytes()),
+            "num_draws": num_draws,
+            "mean_lowest_layer": sum(lowest) / len(lowest),
+        }
     found["would_lower"] = _levers(scenario, laboratory, drawn)
     return found
 
@@ -71,8 +75,6 @@ def _step(memory: StepMemory) -> dict[str, Any]:
 
 def _levers(scenario: Scenario, laboratory: Laboratory, draw: Sequence[int]) -> list[dict[str, Any]]:
     """What one change each saves of the peak of a draw, by the closed form, the largest saving first."""
-    if not has_closed_form(scenario.method):
-        return []
     changes: list[tuple[str, dict[str, Any]]] = []
     if scenario.loss == "full":
         changes.append(("--loss chunked", {"loss": "chunked"}))
@@ -123,17 +125,19 @@ def print_explained(found: dict[str, Any]) -> None:
                 f"worst draw found {in_gib(draw['worst_bytes'])}, mean of {draw['num_draws']} draws "
                 f"{in_gib(draw['mean_bytes'])} (formula), lowest layer on average {draw['mean_lowest_layer']:.1f}"
             )
-    if formula := found.get("closed_form"):
-        print(f"closed form: {in_gib(formula['peak_bytes'])}, at {formula['moment']}")
-    if found["would_lower"]:
-        print("would lower it, each alone, by the closed form:")
-    for lever in found["would_lower"]:
-        print(f"  {lever['change']:34} -{in_gib(lever['saves_bytes'])}")
+    if why := found.get("no_closed_form"):
+        print(f"nothing on {'worse draws and ' if draw else ''}what would lower it: {why}")
+    else:
+        print(f"closed form: {in_gib(found['closed_form']['peak_bytes'])}, at {found['closed_form']['moment']}")
+        if found["would_lower"]:
+            print("would lower it, each alone, by the closed form:")
+        for lever in found["would_lower"]:
+            print(f"  {lever['change']:34} -{in_gib(lever['saves_bytes'])}")
     print(NOT_COUNTED)
 
 
 def compare(base: Scenario, variants: Sequence[str], folder: Path | None) -> list[dict[str, Any]]:
-    """Measure forms of all methods in one setting, block methods with the worst draw; draw stacked bars.
+    """Measure forms of all methods in one setting, block methods by `measure_worst`; draw stacked bars.
 
     Args:
         base: Model, batch, sequence, checkpointing, loss.
@@ -147,12 +151,20 @@ def compare(base: Scenario, variants: Sequence[str], folder: Path | None) -> lis
     for name in variants:
         variant = VARIANTS[name]
         laboratory = Laboratory(_of(variant, base))
-        step = _step(measure_worst(laboratory))
-        found.append({"variant": name, "label": variant.label, "method": variant.method, **step})
+        step, draw = _step(measure_worst(laboratory)), draw_measured(laboratory)
+        found.append({"variant": name, "label": variant.label, "method": variant.method, "draw": draw, **step})
         print(_row(variant.label, step), flush=True)
+    _warn(found)
     if folder is not None:
         _draw(found, base, folder)
     return found
+
+
+def _warn(found: Iterable[dict[str, Any]]) -> None:
+    """Say of which forms no worst draw was found."""
+    labels = [row["label"] for row in found if row["draw"] == "at hand"]
+    if labels:
+        print(f"a draw at hand, others may take more (no closed form for this model): {', '.join(labels)}")
 
 
 def _of(variant: Variant, base: Scenario) -> Scenario:
@@ -209,38 +221,38 @@ def fit(base: Scenario, variants: Sequence[str], limit_bytes: int) -> list[dict[
         variant = VARIANTS[name]
         laboratory = Laboratory(_of(variant, base))
         most = largest_batch(laboratory, limit_bytes)
-        found.append({"variant": name, "label": variant.label, **most})
+        found.append({"variant": name, "label": variant.label, "draw": draw_measured(laboratory), **most})
         if most["num_tokens"]:
             sizes = f"{most['num_tokens']:6} tokens ({most['batch_size']} x {most['seq_len']})"
             print(f"{variant.label:26} {sizes}, {in_gib(most['peak_bytes'])}", flush=True)
         else:
             print(f"{variant.label:26} none: {TOKEN_STEP} tokens take {in_gib(most['peak_bytes'])}", flush=True)
+    _warn(found)
     if any(VARIANTS[name].options.get("budget") for name in variants):
-        found.append({"variant": "misa", "largest_budget": largest_budget(base, limit_bytes)})
-        budget = found[-1]["largest_budget"]
-        sizes = f"{base.batch_size} x {base.seq_len} tokens"
-        print(f"MISA's largest budget at {sizes}: {f'{budget:.3f}' if budget else 'none'} (formula)")
+        budget = largest_budget(base, limit_bytes)
+        found.append({"variant": "misa", "largest_budget": budget})
+        said = {None: "not looked for", 0: "none"}.get(budget) or f"{budget:.3f}"
+        print(f"MISA's largest budget at {base.batch_size} x {base.seq_len} tokens: {said}")
     return found
 
 
-def largest_budget(base: Scenario, limit_bytes: int) -> float:
-    """MISA's largest budget whose worst draw fits by the closed form with 3 % to spare, 0 if none does.
+def largest_budget(base: Scenario, limit_bytes: int) -> float | None:
+    """MISA's largest budget whose worst draw fits, 0 if none does, or None where no closed form finds the worst draw.
 
     Args:
         base: Model, batch, sequence, checkpointing, loss.
         limit_bytes: What there is.
     """
-    best = 0.0
-    for budget in (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5):
+    if uncovered("misa", configuration(base.model)):
+        return None
+    for budget in reversed(_BUDGETS):
         try:
             laboratory = Laboratory(replace(base, method="misa", options={"budget": budget}))
         except ValueError:
-            continue  # no block of a small model fits into so small a budget
-        draws = Draws(laboratory, 50)
-        if 1.03 * draws.estimate(draws.worst()).peak_bytes > limit_bytes:
-            break
-        best = budget
-    return best
+            break  # no block of a small model fits into so small a budget
+        if worst_bytes(laboratory) <= NEAR * limit_bytes and measure_worst(laboratory).peak.total_bytes <= limit_bytes:
+            return budget
+    return 0.0
 
 
 def print_plan(chosen: Plan) -> None:

@@ -1,7 +1,8 @@
 """Peak memory of a training step by formula, beside the tracker's count.
 
 For decoders of the LLaMA kind (RMS norms, rotary positions, grouped queries, gated feed-forward), trained whole, block
-by block, or through LoRA adapters. T are the tokens of the batch, H the hidden size, F the feed-forward size, Q and K
+by block, or through LoRA adapters; further norms (Qwen3, Gemma), fused matrices (Phi-3) or experts (Mixtral) would keep
+more than it says. T are the tokens of the batch, H the hidden size, F the feed-forward size, Q and K
 the widths of queries and keys, N the query heads, V the vocabulary, w the bytes of a weight (2 for bf16). A layer that
 is differentiated keeps:
 
@@ -46,6 +47,8 @@ _WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
 _ROUNDING_BYTES = {"fp32": 24, "bf16": 32, "8bit": 50}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
+_METHODS = ("adamw", "badam", "lisa", "misa", "misa_uniform", "lora")
+_MODEL_TYPES = ("llama", "mistral", "qwen2")
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -91,12 +94,8 @@ class ClosedForm:
     """
 
     def __init__(self, config: Any, scenario: Scenario) -> None:
-        missing = [n for n in ("num_key_value_heads", "intermediate_size") if getattr(config, n, None) is None]
-        if missing or scenario.method not in COVERED:
-            raise ValueError(
-                f"no closed form for method {scenario.method} on {config.model_type} models; it covers "
-                f"{', '.join(COVERED)} on decoders of the LLaMA kind"
-            )
+        if why := uncovered(scenario.method, config):
+            raise ValueError(why)
         self.scenario = s = scenario
         self.bytes = 4 if s.dtype == "float32" else 2
         self.tokens = s.batch_size * s.seq_len
@@ -268,7 +267,19 @@ class ClosedForm:
         return min(4 * sum(trained.values()), _WORKSPACE_BYTES)
 
 
-COVERED = ("adamw", "badam", "lisa", "misa", "misa_uniform", "lora")
+def uncovered(method: str, config: Any) -> str | None:
+    """Why there is no formula, in words, or None where there is one.
+
+    Args:
+        method: A key of `misa.methods.METHODS`.
+        config: A transformers configuration.
+    """
+    if method in _METHODS and config.model_type in _MODEL_TYPES:
+        return None
+    return (
+        f"no closed form for method {method} on {config.model_type} models; it covers {', '.join(_METHODS)} on "
+        f"{', '.join(_MODEL_TYPES)} models"
+    )
 
 
 def trained_parameters(model: Any) -> dict[str, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from misa.memory.closed_form import COVERED, ClosedForm, Estimate, trained_parameters
+from misa.memory.closed_form import ClosedForm, Estimate, trained_parameters
 from misa.memory.scenario import Laboratory
 
 NUM_DRAWS = 200
@@ -85,8 +85,3 @@ class Draws:
         if name.endswith("o_proj"):
             return 0
         return self._form.inner if name.endswith("down_proj") else self._form.hidden
-
-
-def has_closed_form(method: str) -> bool:
-    """Whether the formula covers a method."""
-    return method in COVERED

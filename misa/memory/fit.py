@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from misa.memory.draws import Draws, has_closed_form
-from misa.memory.models import longest_sequence
+from misa.memory.closed_form import uncovered
+from misa.memory.draws import Draws
+from misa.memory.models import configuration, longest_sequence
 from misa.memory.scenario import ALL_LAYERS, Laboratory, Scenario, is_blockwise
 from misa.memory.sizes import in_gib
 from misa.memory.step import StepMemory
 
 TOKEN_STEP = 128
 _MAX_TOKENS = 2**20
+#: The formula decides what is worth measuring: what it puts below so many times the limit, since it errs by 3 %.
+NEAR = 1.03
 #: Budgets tried where none is given, the paper's first, then smaller ones.
 BUDGETS = (0.03, 0.02, 0.01, 0.005)
 
@@ -27,9 +30,20 @@ def measure_worst(laboratory: Laboratory, **changes: Any) -> StepMemory:
         laboratory: What trains.
         **changes: Fields of the scenario to change.
     """
-    if laboratory.blocks and has_closed_form(laboratory.scenario.method):
+    if draw_measured(laboratory) == "worst":
         laboratory.switch_to(Draws(laboratory, **changes).worst())
     return laboratory.measure(**changes)
+
+
+def draw_measured(laboratory: Laboratory) -> str:
+    """What `measure_worst` measures: the "worst" draw, the one "at hand" where no formula finds a worse, or "all".
+
+    Args:
+        laboratory: What trains; "all" is said of a method without blocks.
+    """
+    if not laboratory.blocks:
+        return "all"
+    return "at hand" if uncovered(laboratory.scenario.method, laboratory.config) else "worst"
 
 
 def batch_of(num_tokens: int, limit: int | None) -> dict[str, int]:
@@ -144,10 +158,13 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = (), **op
         **options: Of the `Laboratory`: the model's configuration, and where it is to run.
 
     Raises:
-        ValueError: If nothing fits, with what the least setting takes, or for a method without blocks.
+        ValueError: If nothing fits, with what the least setting takes; for a method without blocks; or for a model that
+            the closed form does not cover.
     """
-    if not is_blockwise(scenario.method) or not has_closed_form(scenario.method):
+    if not is_blockwise(scenario.method):
         raise ValueError(f"memory_budget: chooses for block methods; method {scenario.method} is none")
+    if why := uncovered(scenario.method, options.get("config") or configuration(scenario.model)):
+        raise ValueError(f"memory_budget: chooses by the closed form; {why}")
     reasons: list[str] = []
     least: tuple[int, Scenario] | None = None
     for candidate, words in _candidates(scenario, fixed):
@@ -160,11 +177,10 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = (), **op
                 raise
             reasons.append("no block fits into that")
             continue
-        estimate = _worst_bytes(laboratory)
+        estimate = worst_bytes(laboratory)
         if least is None or estimate < least[0]:
             least = (estimate, candidate)
-        # The formula decides what is worth measuring; it is within 3 % of the tracker.
-        if estimate > 1.03 * limit_bytes:
+        if estimate > NEAR * limit_bytes:
             reasons.append(f"that takes about {in_gib(estimate)}")
             continue
         is_free = candidate.checkpointing == ALL_LAYERS and "checkpointing" not in fixed
@@ -219,7 +235,13 @@ def _options(scenario: Scenario) -> dict[str, Any]:
     return METHODS[scenario.method].defaults
 
 
-def _worst_bytes(laboratory: Laboratory, **changes: Any) -> int:
+def worst_bytes(laboratory: Laboratory, **changes: Any) -> int:
+    """Peak of the worst draw that was found, by the closed form.
+
+    Args:
+        laboratory: What trains.
+        **changes: Fields of the scenario to change.
+    """
     draws = Draws(laboratory, **changes)
     return draws.estimate(draws.worst()).peak_bytes
 
@@ -237,7 +259,7 @@ def _settle(laboratory: Laboratory, limit_bytes: int) -> tuple[int, StepMemory]:
 
 
 def _worst_with(laboratory: Laboratory, layers: int) -> int:
-    return _worst_bytes(laboratory, checkpointing=layers)
+    return worst_bytes(laboratory, checkpointing=layers)
 
 
 def fewest_layers(peak: Callable[[int], int], laboratory: Laboratory, limit_bytes: float) -> int:

@@ -52,8 +52,8 @@ def measure_variant(name: str, model: str) -> Rows:
         name: A key of `VARIANTS`.
         model: A model's name.
     """
-    from misa.memory.draws import Draws, has_closed_form
-    from misa.memory.fit import batch_of, measure_worst, most_tokens
+    from misa.memory.draws import Draws
+    from misa.memory.fit import batch_of, draw_measured, measure_worst, most_tokens
     from misa.memory.models import longest_sequence
     from misa.memory.scenario import ALL_LAYERS, Laboratory
     from misa.memory.sizes import parse_bytes
@@ -72,13 +72,13 @@ def measure_variant(name: str, model: str) -> Rows:
         memory = measure_worst(laboratory, **sizes, **setting)
         first = {**about, **sizes, **setting, "checkpointing": checkpointing}
         peak = memory.peak
-        draw = "worst" if laboratory.blocks else "all"
+        draw = draw_measured(laboratory)
         where = {"phase": peak.phase, "operation": peak.operation}
         rows["memory_grid"] += [
             {**first, "draw": draw, "category": category, "bytes": num, **where}
             for category, num in peak.by_category.items()
         ]
-        if laboratory.blocks and has_closed_form(variant.method):
+        if draw == "worst":
             mean = round(Draws(laboratory, **sizes, **setting).mean_bytes())
             rows["memory_grid"].append(
                 {**first, "draw": "mean", "category": "total", "bytes": mean} | dict.fromkeys(where, "")

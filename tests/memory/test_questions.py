@@ -1,13 +1,17 @@
 """`python -m misa.memory --model ...`: answers about models that are not there."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
+from misa.memory.answers import largest_budget
 from misa.memory.command import main
+from misa.memory.fit import measure_worst
 from misa.memory.grid import TABLES
 from misa.memory.grid import main as grid_main
+from misa.memory.scenario import Laboratory, Scenario
 
 CONFIG = {
     "model_type": "llama",
@@ -23,10 +27,20 @@ CONFIG = {
 
 
 @pytest.fixture
-def small(tmp_path):
-    path = tmp_path / "small.json"
-    path.write_text(json.dumps(CONFIG))
-    return str(path)
+def write(tmp_path):
+    """Write a configuration: `CONFIG` with some fields changed."""
+
+    def write(**fields):
+        path = tmp_path / f"{fields.get('model_type', 'small')}.json"
+        path.write_text(json.dumps({**CONFIG, **fields}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def small(write):
+    return write()
 
 
 def test_explains_a_peak_in_words_and_in_json(small, capsys):
@@ -85,11 +99,9 @@ def test_number_of_blocks_asked_for_is_planned_with(small, capsys):
     [["--method", "misa", "--budget", "0.1", "--seq-len", "1024"], ["--method", "badam", "--seq-len", "4096"]],
     ids=["misa", "badam"],
 )
-def test_levers_named_lower_the_peak_named(options, tmp_path, capsys):
+def test_levers_named_lower_the_peak_named(options, write, capsys):
     # So many layers that the draw at hand and the worst one are far apart.
-    path = tmp_path / "deep.json"
-    path.write_text(json.dumps({**CONFIG, "num_hidden_layers": 8}))
-    words = ["--model", str(path), *options, "--json"]
+    words = ["--model", write(num_hidden_layers=8), *options, "--json"]
     main(words)
     before = json.loads(capsys.readouterr().out)
     assert len(before["would_lower"]) >= 4
@@ -97,6 +109,44 @@ def test_levers_named_lower_the_peak_named(options, tmp_path, capsys):
         main([*words, *lever["change"].split()])
         saved = before["peak_bytes"] - json.loads(capsys.readouterr().out)["peak_bytes"]
         assert saved == pytest.approx(lever["saves_bytes"], abs=0.03 * before["peak_bytes"]), lever["change"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("method", ["adamw", "badam", "misa"])
+def test_models_that_the_formula_does_not_cover_are_measured_without_it(method, kind, write, capsys):
+    words = ["--model", write(model_type=kind), "--method", method, "--seq-len", "64"]
+    if method == "misa":
+        words += ["--budget", "0.5"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_bytes"] > 0
+    assert found["no_closed_form"].startswith(f"no closed form for method {method} on {kind} models; it covers adamw,")
+    assert not {"closed_form", "would_lower"} & set(found)
+    assert "worst" not in found.get("draw", {})
+    assert main(words) == 0
+    assert f"what would lower it: no closed form for method {method} on {kind}" in capsys.readouterr().out
+
+
+def test_models_that_the_formula_does_not_cover_are_compared_and_filled_by_the_draw_at_hand(write, tmp_path, capsys):
+    words = ["--model", write(model_type="qwen3"), "--seq-len", "64", "--variants", "adamw,misa-25", "--output_dir"]
+    assert main([*words, str(tmp_path), "--compare"]) == 0
+    assert "a draw at hand, others may take more (no closed form for this model): MISA 25%" in capsys.readouterr().out
+    assert main([*words[:-1], "--fit", "40MiB", "--json"]) == 0
+    adamw, misa, budget = json.loads(capsys.readouterr().out)
+    assert (adamw["draw"], misa["draw"]) == ("all", "at hand")
+    assert budget["largest_budget"] is None
+    assert main([*words[:4], "--memory_budget", "1GiB"]) == 2
+    assert (
+        "memory_budget: chooses by the closed form; no closed form for method misa on qwen3" in capsys.readouterr().err
+    )
+
+
+def test_largest_budget_is_the_largest_that_is_measured_to_fit(small):
+    base = Scenario(small, seq_len=512)
+    worst = measure_worst(Laboratory(replace(base, options={"budget": 0.25}))).peak.total_bytes
+    assert largest_budget(base, worst) == 0.25
+    assert largest_budget(base, worst - 1) == 0.2
+    assert largest_budget(base, worst // 10) == 0
 
 
 def test_compares_methods_and_draws_them(small, tmp_path, capsys):
