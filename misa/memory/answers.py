@@ -44,7 +44,7 @@ def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
     if laboratory.blocks:
         names = [laboratory.blocks[i].name for i in drawn]
         found["draw"] = {"used": names, "used_bytes": memory.peak.total_bytes}
-    if why := uncovered(scenario.method, laboratory.config):
+    if why := uncovered(scenario, laboratory.config):
         return {**found, "no_closed_form": why}
     draws = Draws(laboratory, num_draws)
     estimate = draws.estimate(drawn)
@@ -243,11 +243,12 @@ def largest_budget(base: Scenario, limit_bytes: int) -> float | None:
         base: Model, batch, sequence, checkpointing, loss.
         limit_bytes: What there is.
     """
-    if uncovered("misa", configuration(base.model)):
+    misa = replace(base, method="misa", options={})
+    if uncovered(misa, configuration(base.model)):
         return None
     for budget in reversed(_BUDGETS):
         try:
-            laboratory = Laboratory(replace(base, method="misa", options={"budget": budget}))
+            laboratory = Laboratory(replace(misa, options={"budget": budget}))
         except ValueError:
             break  # no block of a small model fits into so small a budget
         if worst_bytes(laboratory) <= NEAR * limit_bytes and measure_worst(laboratory).peak.total_bytes <= limit_bytes:

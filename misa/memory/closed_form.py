@@ -47,7 +47,10 @@ _WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
 _ROUNDING_BYTES = {"fp32": 24, "bf16": 32, "8bit": 50}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
-_METHODS = ("adamw", "badam", "lisa", "misa", "misa_uniform", "lora")
+_METHODS = ("adamw", "badam", "badam_official", "lisa", "lisa_official")
+_METHODS += ("misa", "misa_uniform", "misa_official", "lora")
+# Options by which a step holds something else than AdamW's does, as that of `misa_paper`.
+_OTHER_STEPS = {("variant", "paper"), ("inner", "sgd")}
 _MODEL_TYPES = ("llama", "mistral", "qwen2")
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -94,7 +97,7 @@ class ClosedForm:
     """
 
     def __init__(self, config: Any, scenario: Scenario) -> None:
-        if why := uncovered(scenario.method, config):
+        if why := uncovered(scenario, config):
             raise ValueError(why)
         self.scenario = s = scenario
         self.bytes = 4 if s.dtype == "float32" else 2
@@ -267,18 +270,19 @@ class ClosedForm:
         return min(4 * sum(trained.values()), _WORKSPACE_BYTES)
 
 
-def uncovered(method: str, config: Any) -> str | None:
+def uncovered(scenario: Scenario, config: Any) -> str | None:
     """Why there is no formula, in words, or None where there is one.
 
     Args:
-        method: A key of `misa.methods.METHODS`.
+        scenario: Method and options.
         config: A transformers configuration.
     """
-    if method in _METHODS and config.model_type in _MODEL_TYPES:
+    others = [f"{name}={value}" for name, value in scenario.options.items() if (name, value) in _OTHER_STEPS]
+    if scenario.method in _METHODS and config.model_type in _MODEL_TYPES and not others:
         return None
     return (
-        f"no closed form for method {method} on {config.model_type} models; it covers {', '.join(_METHODS)} on "
-        f"{', '.join(_MODEL_TYPES)} models"
+        f"no closed form for method {' '.join([scenario.method, *others])} on {config.model_type} models; it covers "
+        f"{', '.join(_METHODS)} on {', '.join(_MODEL_TYPES)} models"
     )
 
 

@@ -43,7 +43,7 @@ def draw_measured(laboratory: Laboratory) -> str:
     """
     if not laboratory.blocks:
         return "all"
-    return "at hand" if uncovered(laboratory.scenario.method, laboratory.config) else "worst"
+    return "at hand" if uncovered(laboratory.scenario, laboratory.config) else "worst"
 
 
 def batch_of(num_tokens: int, limit: int | None) -> dict[str, int]:
@@ -163,7 +163,7 @@ def plan(scenario: Scenario, limit_bytes: int, fixed: tuple[str, ...] = (), **op
     """
     if not is_blockwise(scenario.method):
         raise ValueError(f"memory_budget: chooses for block methods; method {scenario.method} is none")
-    if why := uncovered(scenario.method, options.get("config") or configuration(scenario.model)):
+    if why := uncovered(scenario, options.get("config") or configuration(scenario.model)):
         raise ValueError(f"memory_budget: chooses by the closed form; {why}")
     reasons: list[str] = []
     least: tuple[int, Scenario] | None = None

@@ -170,6 +170,13 @@ def test_says_what_fits(small, capsys):
     assert 0 < budget["largest_budget"] <= 0.5
 
 
+@pytest.mark.parametrize("method", ["badam_official", "lisa_official", "misa_official"])
+def test_memory_budget_chooses_for_methods_as_published(method, small, capsys):
+    words = ["--model", small, "--method", method, "--seq_len", "64", "--memory_budget", "1GiB"]
+    assert main([*words, *(["--budget", "0.3"] if method.startswith("misa") else [])]) == 0
+    assert "with the worst draw" in capsys.readouterr().out
+
+
 def test_memory_budget_chooses_and_says_why(small, capsys):
     words = ["--model", small, "--seq_len", "1024", "--budget", "0.1", "--memory_budget"]
     assert main([*words, "60MiB"]) == 0
@@ -192,6 +199,10 @@ def test_memory_budget_chooses_and_says_why(small, capsys):
         (["--model", "7m", "--fit", "1GiB", "--compare"], "compare and fit: ask one question at a time"),
         (["--model", "7m", "--compare", "--variants", "lora"], "variants is 'lora'; allowed, comma separated: adamw"),
         (["--model", "7m", "--method", "lora", "--memory_budget", "1GiB"], "chooses for block methods"),
+        (
+            ["--model", "7m", "--method", "misa_paper", "--memory_budget", "1GiB"],
+            "memory_budget: chooses by the closed form; no closed form for method misa_paper on llama models",
+        ),
         (["--model", "7m", "--memory_budget", ".GiB"], "memory_budget is '.GiB'; it must be an amount with a unit"),
         (["--model", "7m", "--checkpoint_layers", "-3"], "checkpoint_layers is -3; it must be at least 0"),
         (["--model", "7m", "--interval", "0"], "interval is 0; it must be at least 1"),

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from misa.memory.closed_form import ClosedForm, trained_parameters
 from misa.memory.draws import Draws
@@ -59,7 +59,10 @@ SHAPE = {"model": "llama3-8b", "num_layers": 4}
         {"method": "adamw"},
         {"method": "badam"},
         {"method": "lisa"},
+        {"method": "badam_official"},
+        {"method": "lisa_official"},
         {"method": "misa", "options": {"budget": 0.02}},
+        {"method": "misa_official", "options": {"budget": 0.02}},
         {"method": "misa", "options": {"budget": 0.25}, "state_format": "bf16"},
         {"method": "misa", "options": {"budget": 0.05}, "state_format": "8bit", "step_in_backward": True},
         {"method": "lora", "options": {"lora_r": 8}},
@@ -93,9 +96,18 @@ def test_closed_form_knows_the_size_of_every_model():
     assert ClosedForm(laboratory.config, laboratory.scenario).num_params == laboratory.num_params
 
 
-def test_closed_form_refuses_what_it_does_not_cover():
-    with pytest.raises(ValueError, match="no closed form for method misa on gpt2 models"):
-        ClosedForm(GPT2Config(), Scenario())
+@pytest.mark.parametrize(
+    ("config", "fields", "what"),
+    [
+        (GPT2Config(), {}, "misa on gpt2 models; it covers adamw"),
+        (Qwen3Config(), {"method": "badam"}, "badam on qwen3 models"),
+        (LlamaConfig(), {"method": "misa_paper"}, "misa_paper on llama models"),
+        (LlamaConfig(), {"options": {"variant": "paper"}}, "misa variant=paper on llama models"),
+    ],
+)
+def test_closed_form_refuses_what_it_does_not_cover(config, fields, what):
+    with pytest.raises(ValueError, match=f"no closed form for method {what}"):
+        ClosedForm(config, Scenario(**fields))
 
 
 @pytest.mark.slow
