@@ -78,13 +78,15 @@ def _levers(scenario: Scenario, laboratory: Laboratory, draw: Sequence[int]) -> 
     changes: list[tuple[str, dict[str, Any]]] = []
     if scenario.loss == "full":
         changes.append(("--loss chunked", {"loss": "chunked"}))
+    # The command takes one of the two.
+    all_layers = "--checkpointing" + (" instead of --checkpoint_layers" if scenario.checkpointing > 0 else "")
     if scenario.checkpointing != ALL_LAYERS:
-        changes.append(("--checkpointing", {"checkpointing": ALL_LAYERS}))
+        changes.append((all_layers, {"checkpointing": ALL_LAYERS}))
     if not scenario.lean_activations:
         changes.append(("--lean_activations", {"lean_activations": True}))
     if scenario.loss == "full" and scenario.checkpointing != ALL_LAYERS:
         both = {"loss": "chunked", "checkpointing": ALL_LAYERS}
-        changes.append(("--loss chunked --checkpointing", both))
+        changes.append((f"--loss chunked {all_layers}", both))
     if is_blockwise(scenario.method) and scenario.dtype == "bfloat16":
         changes += [
             (f"--state_format {name}", {"state_format": name})

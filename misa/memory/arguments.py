@@ -124,6 +124,11 @@ class MemoryArguments:
                 raise ValueError(f"{name} is given; it does nothing without {' or '.join(needed)}")
             if (self.compare or self.fit) and name in ("method", *_OPTIONS, *_ENGINE_OPTIONS):
                 raise ValueError(f"{name} is given; compare and fit take the methods in the forms of variants")
+        if self.gradient_checkpointing and self.checkpoint_layers is not None:
+            raise ValueError(
+                f"checkpoint_layers is {self.checkpoint_layers}, and gradient_checkpointing means all layers; give one "
+                "of them"
+            )
         if self.model is None and self.output_dir is None:
             raise ValueError("output_dir is missing: measuring a real model writes result.json and memory.csv")
         if self.batch_size is None:

@@ -111,6 +111,13 @@ def test_levers_named_lower_the_peak_named(options, write, capsys):
         assert saved == pytest.approx(lever["saves_bytes"], abs=0.03 * before["peak_bytes"]), lever["change"]
 
 
+def test_lever_of_all_layers_replaces_the_layers_given(small, capsys):
+    words = ["--model", small, "--method", "badam", "--seq-len", "4096", "--checkpoint_layers", "1", "--json"]
+    main(words)
+    changes = [lever["change"] for lever in json.loads(capsys.readouterr().out)["would_lower"]]
+    assert "--loss chunked --checkpointing instead of --checkpoint_layers" in changes
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3", "mixtral"])
 @pytest.mark.parametrize("method", ["adamw", "badam", "misa"])
 def test_models_that_the_formula_does_not_cover_are_measured_without_it(method, kind, write, capsys):
@@ -205,6 +212,10 @@ def test_memory_budget_chooses_and_says_why(small, capsys):
         ),
         (["--model", "7m", "--memory_budget", ".GiB"], "memory_budget is '.GiB'; it must be an amount with a unit"),
         (["--model", "7m", "--checkpoint_layers", "-3"], "checkpoint_layers is -3; it must be at least 0"),
+        (
+            ["--model", "7m", "--checkpoint_layers", "2", "--checkpointing"],
+            "checkpoint_layers is 2, and gradient_checkpointing means all layers; give one of them",
+        ),
         (["--model", "7m", "--interval", "0"], "interval is 0; it must be at least 1"),
         (["--model", "7m", "--num_blocks", "0"], "num_blocks is 0; it must be at least 1"),
         (["--model", "7m", "--method", "lora", "--galore_r", "4"], "method lora: has no option galore_r"),
