@@ -225,25 +225,30 @@ def fit(base: Scenario, variants: Sequence[str], limit_bytes: int) -> list[dict[
         most = largest_batch(laboratory, limit_bytes)
         found.append({"variant": name, "label": variant.label, "draw": draw_measured(laboratory), **most})
         if most["num_tokens"]:
-            sizes = f"{most['num_tokens']:6} tokens ({most['batch_size']} x {most['seq_len']})"
+            least = "at least " if most["at_least"] else ""
+            sizes = f"{least}{most['num_tokens']:6} tokens ({most['batch_size']} x {most['seq_len']})"
             print(f"{variant.label:26} {sizes}, {in_gib(most['peak_bytes'])}", flush=True)
         else:
             print(f"{variant.label:26} none: {TOKEN_STEP} tokens take {in_gib(most['peak_bytes'])}", flush=True)
     _warn(found)
     if any(VARIANTS[name].options.get("budget") for name in variants):
         budget = largest_budget(base, limit_bytes)
-        found.append({"variant": "misa", "largest_budget": budget})
-        said = {None: "not looked for", 0: "none"}.get(budget) or f"{budget:.3f}"
+        at_least = budget == _BUDGETS[-1]
+        found.append({"variant": "misa", "largest_budget": budget, "at_least": at_least})
+        said = {None: "not looked for", 0: "none"}.get(budget) or f"{'at least ' if at_least else ''}{budget:.3f}"
         print(f"MISA's largest budget at {base.batch_size} x {base.seq_len} tokens: {said}")
     return found
 
 
 def largest_budget(base: Scenario, limit_bytes: int) -> float | None:
-    """MISA's largest budget whose worst draw fits, 0 if none does, or None where no closed form finds the worst draw.
+    """MISA's largest budget whose worst draw fits, among those tried.
 
     Args:
         base: Model, batch, sequence, checkpointing, loss.
         limit_bytes: What there is.
+
+    Returns:
+        The budget, at most 0.5; 0 if none fits, None where no closed form finds the worst draw.
     """
     misa = replace(base, method="misa", options={})
     if uncovered(misa, configuration(base.model)):

@@ -50,7 +50,7 @@ def batch_of(num_tokens: int, limit: int | None) -> dict[str, int]:
     """Batch size and sequence length for about so many tokens, with sequences as long as the model allows.
 
     Args:
-        num_tokens: Tokens in a step.
+        num_tokens: Tokens in a step; a few fewer where they are no multiple of the sequences.
         limit: Longest sequence, or None.
     """
     batch_size = 1 if limit is None else math.ceil(num_tokens / limit)
@@ -69,7 +69,7 @@ def most_tokens(peak: Callable[[int], int], limit_bytes: int, known: dict[int, i
         known: Peaks already measured; filled with what is measured here.
 
     Returns:
-        Tokens, 0 if not even `TOKEN_STEP` fit.
+        Tokens, 0 if not even `TOKEN_STEP` fit. The search ends at 2^20 tokens, also where more would fit.
     """
     known = {} if known is None else known
 
@@ -106,7 +106,7 @@ def most_tokens(peak: Callable[[int], int], limit_bytes: int, known: dict[int, i
     return low
 
 
-def largest_batch(laboratory: Laboratory, limit_bytes: int, **setting: Any) -> dict[str, int]:
+def largest_batch(laboratory: Laboratory, limit_bytes: int, **setting: Any) -> dict[str, Any]:
     """The most tokens of a step that fit, as sequences no longer than the model allows.
 
     Args:
@@ -115,7 +115,8 @@ def largest_batch(laboratory: Laboratory, limit_bytes: int, **setting: Any) -> d
         **setting: Fields of the scenario to change: checkpointing, loss.
 
     Returns:
-        `num_tokens`, `batch_size`, `seq_len` and `peak_bytes`; no tokens and the peak of the fewest if none fit.
+        `batch_size`, `seq_len`, their product `num_tokens`, `peak_bytes`, and `at_least`: the search ended while all
+        fitted, so that more may fit. No tokens and the peak of the fewest if none fit.
     """
     limit = longest_sequence(laboratory.config)
     known: dict[int, int] = {}
@@ -123,7 +124,9 @@ def largest_batch(laboratory: Laboratory, limit_bytes: int, **setting: Any) -> d
         lambda n: measure_worst(laboratory, **batch_of(n, limit), **setting).peak.total_bytes, limit_bytes, known
     )
     found = batch_of(num, limit) if num else {"batch_size": 0, "seq_len": 0}
-    return {"num_tokens": num, **found, "peak_bytes": known[num or TOKEN_STEP]}
+    num_tokens = found["batch_size"] * found["seq_len"]
+    at_least = num >= _MAX_TOKENS
+    return {"num_tokens": num_tokens, **found, "peak_bytes": known[num or TOKEN_STEP], "at_least": at_least}
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,21 @@ def test_says_what_fits(small, capsys):
         assert found["num_tokens"] > 128
         assert found["peak_bytes"] <= 60 * 2**20
         assert found["num_tokens"] == found["batch_size"] * found["seq_len"]
+        assert not found["at_least"]
     assert 0 < budget["largest_budget"] <= 0.5
+
+
+def test_what_fits_is_said_to_be_at_least_where_the_search_ended(small, monkeypatch, capsys):
+    monkeypatch.setattr("misa.memory.fit._MAX_TOKENS", 256)
+    words = ["--model", small, "--fit", "60MiB", "--variants", "misa-25", "--checkpointing"]
+    assert main([*words, "--json"]) == 0
+    misa, budget = json.loads(capsys.readouterr().out)
+    assert (misa["num_tokens"], misa["at_least"]) == (256, True)
+    assert budget["at_least"] == (budget["largest_budget"] == 0.5)
+    assert main([*words[:3], "1GiB", *words[4:]]) == 0
+    text = capsys.readouterr().out
+    assert "at least    256 tokens" in text
+    assert "largest budget at 1 x 512 tokens: at least 0.500" in text
 
 
 @pytest.mark.parametrize("method", ["badam_official", "lisa_official", "misa_official"])

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from misa.memory.closed_form import ClosedForm, trained_parameters
 from misa.memory.draws import Draws
-from misa.memory.fit import batch_of, measure_worst, most_tokens, plan
+from misa.memory.fit import batch_of, largest_batch, measure_worst, most_tokens, plan
 from misa.memory.models import MODEL_NAMES, configuration
 from misa.memory.scenario import ALL_LAYERS, Laboratory, Scenario, has_adapters, is_blockwise
 from misa.memory.sizes import GIB, parse_bytes
@@ -183,6 +184,13 @@ def test_most_tokens_needs_few_measurements():
     assert len(asked) < 20
     assert batch_of(16_384, 8192) == {"batch_size": 2, "seq_len": 8192}
     assert batch_of(640, None) == {"batch_size": 1, "seq_len": 640}
+
+
+def test_tokens_that_fit_are_sequences_times_length(monkeypatch):
+    monkeypatch.setattr("misa.memory.fit.most_tokens", lambda peak, limit, known: known.setdefault(640, 640))
+    laboratory = SimpleNamespace(config=LlamaConfig(max_position_embeddings=250))
+    sizes = {"num_tokens": 639, "batch_size": 3, "seq_len": 213}
+    assert largest_batch(laboratory, GIB) == {**sizes, "peak_bytes": 640, "at_least": False}
 
 
 def test_memory_budget_gives_up_the_cheapest_first_and_holds():
