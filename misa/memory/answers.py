@@ -40,7 +40,6 @@ def explain(scenario: Scenario, num_draws: int = NUM_DRAWS) -> dict[str, Any]:
     memory = laboratory.measure()
     found: dict[str, Any] = {"scenario": asdict(scenario), "num_params": laboratory.num_params, **_step(memory)}
     found["settings"] = {k: list(v) if isinstance(v, tuple) else v for k, v in laboratory.settings.items()}
-    found["settings"].pop("interval", None)
     if laboratory.blocks:
         names = [laboratory.blocks[i].name for i in drawn]
         found["draw"] = {"used": names, "used_bytes": memory.peak.total_bytes}

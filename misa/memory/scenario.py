@@ -142,6 +142,10 @@ class Laboratory:
         on_accelerator: Work in pieces as large as on a GPU; otherwise as on a CPU.
         device: Where real tensors lie.
 
+    Attributes:
+        num_params: Parameters of the model, adapters not counted among them.
+        settings: The method's options as a user's run has them; here a round outlasts what is measured.
+
     Raises:
         ValueError: For an unknown model or an option the method does not have, or a budget no block fits.
     """
@@ -190,21 +194,21 @@ class Laboratory:
                 ).train()
         else:
             self.base = build_fake_model(self.config, s.dtype, self._mode)
-        options = dict(s.options)
+        self.num_params = sum(p.numel() for p in self.base.parameters())
+        options = {**s.options, **self._engine_settings()}
         # A round that outlasts the measurement, and no first pass, whose rounds are of one step.
         endless = {"interval": _ONE_ROUND, "first_pass": False}
-        options |= {name: value for name, value in endless.items() if name in METHODS[s.method].defaults}
+        endless = {name: value for name, value in endless.items() if name in METHODS[s.method].defaults}
         with self._wrapping():
-            built = build(s.method, self.base, lr=1e-5, options=options)
+            built = build(s.method, self.base, lr=1e-5, options=options | endless)
             if s.lean_adapters:
                 _narrow_adapters(built.model, self.base.dtype)
         self.model: Any = built.model
-        self.settings = built.settings
-        kind, arguments = built.optimizer_cls_and_kwargs
-        arguments = {**arguments, **self._engine_settings()}
+        own = METHODS[s.method].defaults | options
+        self.settings = built.settings | {name: own[name] for name in endless}
         # Outside the mode, so that the scores and the draw, which have values, are real numbers.
         with self._pieces():
-            self.optimizer: Any = make_optimizer(replace(built, optimizer_cls_and_kwargs=(kind, arguments)))
+            self.optimizer: Any = make_optimizer(built)
         self._fresh = self.optimizer.state_dict() if self.blocks else None
         self._is_primed = False
 
@@ -231,11 +235,6 @@ class Laboratory:
         """Indices of the blocks that are on."""
         names = {block.name: i for i, block in enumerate(self.blocks)}
         return tuple(names[name] for name in self.optimizer.active) if self.blocks else ()
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of the model that the method trains over time, adapters not counted among them."""
-        return sum(p.numel() for p in self.base.parameters())
 
     def switch_to(self, draw: Sequence[int]) -> None:
         """Turn on these blocks instead of the drawn ones.

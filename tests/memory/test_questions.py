@@ -82,6 +82,23 @@ def test_options_of_methods_are_asked_about(method, options, draw, small, capsys
         assert closed["peak_bytes"] == pytest.approx(found["peak_bytes"], rel=0.03)
 
 
+def test_json_says_what_runs(small, capsys):
+    words = ["--model", small, "--seq-len", "64", "--json", "--method"]
+    engine = ["--state_format", "8bit", "--step_in_backward", "true", "--interval", "7"]
+    assert main([*words, "misa_official", "--budget", "0.3", *engine]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    expected = {"state_format": "8bit", "step_in_backward": True, "interval": 7, "first_pass": True, "budget": 0.3}
+    assert expected.items() <= settings.items()
+
+
+def test_json_counts_the_parameters_of_the_model_without_adapters(small, capsys):
+    found = []
+    for method in ("adamw", "lora"):
+        assert main(["--model", small, "--seq-len", "64", "--json", "--method", method]) == 0
+        found.append(json.loads(capsys.readouterr().out)["num_params"])
+    assert found[0] == found[1]
+
+
 def test_number_of_blocks_asked_for_is_planned_with(small, capsys):
     words = ["--model", small, "--num_blocks", "4", "--seq-len", "64", "--json"]
     assert main(words) == 0
