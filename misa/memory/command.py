@@ -186,10 +186,11 @@ def measure_method(name: str, settings: MemoryArguments) -> tuple[StepMemory, di
     # The state that a first step makes does not depend on the batch, so a small one does.
     training_step(built.model, optimizer, random_batch(model.config.vocab_size, 1, min(8, settings.seq_len)))
     gc.collect()
+    active = list(getattr(optimizer, "active", ()))  # the step may end their round
     memory = measure_step(built.model, optimizer, batch)
     detail = {
         "settings": {key: list(value) if isinstance(value, tuple) else value for key, value in built.settings.items()},
-        "active": list(getattr(optimizer, "active", ())),
+        "active": active,
         "peak_operation": memory.peak.operation,
         "peak_phase": memory.peak.phase,
     }

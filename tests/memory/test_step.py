@@ -8,7 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from misa.memory.command import COLUMNS, main, make_optimizer
+from misa.memory.arguments import MemoryArguments
+from misa.memory.command import COLUMNS, load, main, make_optimizer, measure_method
 from misa.memory.step import MOMENTS, enable_checkpointing, measure_step, random_batch, rows, training_step
 from misa.memory.tracker import CATEGORIES
 from misa.methods import build
@@ -124,6 +125,17 @@ def test_command_writes_the_tidy_table_and_the_result(tmp_path):
     peaks = table[table["moment"] == "peak"].groupby("method")["bytes"].sum()
     assert result["peaks"]["misa/peak_bytes"] == peaks["misa"]
     assert result["config"]["per_method"]["misa"]["active"]
+
+
+def test_blocks_named_are_those_measured_also_where_the_step_ends_their_round():
+    settings = MemoryArguments(
+        model_name_or_path="2m", output_dir="unused", interval=1, num_blocks=1, batch_size=1, seq_len=8
+    )
+    memory, detail = measure_method("misa", settings)
+    sizes = {name.removesuffix(".weight"): p.numel() for name, p in load("2m", "bfloat16", 0).named_parameters()}
+    num = sum(sizes[name] for name in detail["active"])
+    # Draws of this seed differ in size from round to round.
+    assert memory.moments["backward_end"].by_category["gradients"] == 2 * num
 
 
 @pytest.mark.parametrize(
