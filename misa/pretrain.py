@@ -63,10 +63,6 @@ class PretrainOptions:
     max_eval_tokens: int = field(
         default=65_536, metadata={"help": "tokens of the validation text to evaluate on, from its start"}
     )
-    loss: Literal["full", "chunked"] = field(
-        default="full",
-        metadata={"help": "full, or chunked: never holds the logits of all tokens while training; the same loss"},
-    )
     dtype: str = field(
         default="float32",
         metadata={
@@ -142,11 +138,13 @@ def make_job(
     if tokenizer_source and (vocabulary := Path(tokenizer_source) / "tokenizer.json").is_file():
         files.append(vocabulary)
     digest = files_digest(files) if source.hub_id is None else hub_digest(source.hub_id, source.config)
+    memory = memory or MemoryOptions()
     settings = {
         **vars(pretrain),
         **vars(loading),
         "tokenizer_name_or_path": tokenizer_source,
         "dtype": resolve_dtype(pretrain.dtype),
+        "loss": memory.loss or "full",
         "model_digest": source_digest(pretrain.model_config, run.model_source(None)),
     }
 
@@ -201,7 +199,7 @@ def make_job(
         kind="pretrain",
         run=run,
         method=method,
-        memory=memory or MemoryOptions(),
+        memory=memory,
         training=training,
         settings=settings,
         model=Path(pretrain.model_config).stem,

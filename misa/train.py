@@ -56,10 +56,6 @@ class FinetuneOptions:
         default=0,
         metadata={"help": "records for the evaluation loss: out of validation.jsonl if there is one, else held out"},
     )
-    loss: Literal["full", "chunked"] = field(
-        default="full",
-        metadata={"help": "full, or chunked: never holds the logits of all tokens while training; the same loss"},
-    )
     dtype: str = field(
         default="auto",
         metadata={
@@ -141,8 +137,9 @@ def make_job(
         records = records[finetune.validation_samples :]
     weights = run.model_source(finetune.model_name_or_path)
     sources = (finetune.model_name_or_path, finetune.tokenizer_name_or_path, weights)
+    memory = memory or MemoryOptions()
     settings = {**vars(finetune), **vars(loading), "dtype": resolve_dtype(finetune.dtype)}
-    settings["model_digest"] = source_digest(*sources)
+    settings |= {"loss": memory.loss or "full", "model_digest": source_digest(*sources)}
 
     def make() -> Parts:
         if finetune.tokenizer_name_or_path is None:
@@ -191,7 +188,7 @@ def make_job(
         kind="finetune",
         run=run,
         method=method,
-        memory=memory or MemoryOptions(),
+        memory=memory,
         training=training,
         settings=settings,
         model=Path(finetune.model_name_or_path).name,

@@ -62,7 +62,9 @@ class MemoryArguments:
     checkpoint_layers: int | None = field(
         default=None, metadata={"help": "With --model: recompute only so many of these layers, the lowest."}
     )
-    loss: str = field(default="full", metadata={"help": "full, or chunked, which never holds all logits."})
+    loss: str | None = field(
+        default=None, metadata={"help": "full, or chunked, which never holds all logits (default: full)."}
+    )
     state_format: str | None = field(
         default=None, metadata={"help": "With --model, for block methods: master, fp32, bf16 or 8bit."}
     )
@@ -122,7 +124,7 @@ class MemoryArguments:
         for name in given:
             if (needed := _NEEDED.get(name)) and not set(needed) & set(given):
                 raise ValueError(f"{name} is given; it does nothing without {' or '.join(needed)}")
-            if (self.compare or self.fit) and name in ("method", *_OPTIONS, *_ENGINE_OPTIONS):
+            if (self.compare or self.fit is not None) and name in ("method", *_OPTIONS, *_ENGINE_OPTIONS):
                 raise ValueError(f"{name} is given; compare and fit take the methods in the forms of variants")
         if self.gradient_checkpointing and self.checkpoint_layers is not None:
             raise ValueError(
@@ -131,20 +133,24 @@ class MemoryArguments:
             )
         if self.model is None and self.output_dir is None:
             raise ValueError("output_dir is missing: measuring a real model writes result.json and memory.csv")
+        is_simulated = self.model is not None
         if self.batch_size is None:
-            self.batch_size = 1 if self.model else 4
+            self.batch_size = 1 if is_simulated else 4
         if self.seq_len is None:
-            self.seq_len = 512 if self.model else 128
-        if self.method is None and self.model:
+            self.seq_len = 512 if is_simulated else 128
+        if self.method is None and is_simulated:
             self.method = "misa"
-        if self.methods is None and not self.model:
+        if self.loss is None and not is_simulated:
+            self.loss = "full"
+        if self.methods is None and not is_simulated:
             self.methods = "adamw,lora,badam,lisa,misa"
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
-        for name, allowed in (("dtype", ("bfloat16", "float32")), ("loss", LOSSES)):
+        for name, allowed in (("dtype", ("bfloat16", "float32")), ("loss", (None, *LOSSES))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+                words = ", ".join(word for word in allowed if word)
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {words}")
 
     def method_names(self) -> list[str]:
         """The methods asked for, checked."""
@@ -166,15 +172,15 @@ class MemoryArguments:
         layers = self.checkpoint_layers
         if layers is None:
             layers = ALL_LAYERS if self.gradient_checkpointing else 0
-        same = ("method", "batch_size", "seq_len", "loss", "dtype", "lean_activations", *_ENGINE_OPTIONS)
-        own = {name: getattr(self, name) for name in same}
+        same = ("method", "batch_size", "seq_len", "dtype", "lean_activations", *_ENGINE_OPTIONS)
+        own = {"loss": self.loss or "full", **{name: getattr(self, name) for name in same}}
         return Scenario(model=str(self.model), options=self.given_options(), checkpointing=layers, **own)
 
     def chosen(self) -> tuple[str, ...]:
         """What was given of the fields that `--memory_budget` would choose."""
         given = {
             "budget": self.budget is not None or self.num_blocks is not None,
-            "loss": self.loss != "full",
+            "loss": self.loss is not None,
             "checkpointing": self.gradient_checkpointing or self.checkpoint_layers is not None,
             "state_format": self.state_format is not None,
             "lean_activations": self.lean_activations,

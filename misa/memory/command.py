@@ -70,7 +70,7 @@ def simulate(settings: MemoryArguments) -> None:
 
     configuration(str(settings.model))
     scenario = settings.scenario()
-    asked = [name for name in ("compare", "fit", "memory_budget") if getattr(settings, name)]
+    asked = [name for name in ("compare", "fit", "memory_budget") if getattr(settings, name) not in (None, False)]
     if len(asked) > 1:
         raise ValueError(f"{asked[0]} and {asked[1]}: ask one question at a time")
     found: Any
@@ -78,10 +78,10 @@ def simulate(settings: MemoryArguments) -> None:
         if settings.compare:
             folder = output_folder(settings.output_dir or ".")
             found = answers.compare(scenario, answers.all_variants(settings.variants), folder)
-        elif settings.fit:
+        elif settings.fit is not None:
             limit = parse_bytes(settings.fit, "fit")
             found = answers.fit(scenario, answers.all_variants(settings.variants), limit)
-        elif settings.memory_budget:
+        elif settings.memory_budget is not None:
             from misa.memory.fit import plan
 
             chosen = plan(scenario, parse_bytes(settings.memory_budget, "memory_budget"), settings.chosen())

@@ -47,7 +47,7 @@ def plan_run(job: Any, config: Any) -> Plan:
         layers = ALL_LAYERS if arguments.gradient_checkpointing else 0
     fixed = {
         "budget": "budget" in given or "num_blocks" in given,
-        "loss": settings["loss"] != "full",
+        "loss": memory.loss is not None,
         "checkpointing": arguments.gradient_checkpointing or memory.checkpoint_layers is not None,
         "state_format": "state_format" in given,
         "lean_activations": memory.lean_activations,
@@ -107,7 +107,7 @@ def apply_levers(job: Any, model: Any) -> Plan | None:
     Raises:
         ValueError: As `plan_run`, and for a model that cannot have what is asked for.
     """
-    chosen = plan_run(job, model.config) if job.memory.memory_budget else None
+    chosen = plan_run(job, model.config) if job.memory.memory_budget is not None else None
     loss = job.settings.get("loss") if chosen is None else chosen.scenario.loss
     lean = job.memory.lean_activations if chosen is None else chosen.scenario.lean_activations
     if loss == "chunked":

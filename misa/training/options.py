@@ -138,6 +138,9 @@ class MemoryOptions:
         "for block methods: choose loss, lean activations, checkpointed layers, optimizer states and the budget of the "
         "method so that a step fits into this much, as 24GiB, and say why; what is given otherwise stays",
     )
+    loss: Literal["full", "chunked"] | None = _option(
+        None, "full, or chunked: never holds the logits of all tokens while training; the same loss; default: full"
+    )
     checkpoint_layers: int | None = _option(
         None, "recompute so many layers in the backward pass, the lowest that train; activation_checkpointing: all"
     )

@@ -225,6 +225,17 @@ def test_memory_budget_chooses_and_says_why(small, capsys):
     assert "memory_budget: 5.00 MiB is too little" in capsys.readouterr().err
 
 
+def test_loss_given_stays_beside_a_memory_budget_also_the_default_one(small, capsys):
+    words = ["--model", small, "--seq_len", "1024", "--budget", "0.1", "--json", "--memory_budget"]
+    main([*words, "1GiB"])
+    least = json.loads(capsys.readouterr().out)["peak_bytes"]
+    losses = []
+    for given in ([], ["--loss", "full"]):
+        assert main([*words, f"{least - 1}B", *given]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["scenario"]["loss"])
+    assert losses == ["chunked", "full"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -234,6 +245,9 @@ def test_memory_budget_chooses_and_says_why(small, capsys):
         (["--model", "7m", "--budget", "1.5"], "budget=1.5: must lie in (0, 1]"),
         (["--model", "7m", "--budget", "1e-6"], "no block fits"),
         (["--model", "7m", "--fit", "24"], "fit is '24'; it must be an amount with a unit"),
+        (["--model", "7m", "--fit", ""], "fit is ''; it must be an amount with a unit"),
+        (["--model", "7m", "--memory_budget", ""], "memory_budget is ''; it must be an amount with a unit"),
+        (["--model", ""], "model is ''; allowed: llama3-8b"),
         (["--model", "7m", "--fit", "1GiB", "--compare"], "compare and fit: ask one question at a time"),
         (["--model", "7m", "--compare", "--variants", "lora"], "variants is 'lora'; allowed, comma separated: adamw"),
         (["--model", "7m", "--method", "lora", "--memory_budget", "1GiB"], "chooses for block methods"),

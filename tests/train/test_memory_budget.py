@@ -75,7 +75,9 @@ def test_levers_alone_change_no_number(finetune: Callable[..., int], tmp_path: P
     ("options", "words", "message"),
     [
         ({"memory_budget": "100KiB", "budget": 0.3}, (), "is too little for model with 4 x 512 tokens; the least"),
+        ({"memory_budget": "100KiB", "budget": 0.3, "loss": "full"}, (), "(budget 0.3, full loss, lean activations,"),
         ({"memory_budget": "24"}, (), "memory_budget is '24'; it must be an amount with a unit"),
+        ({"memory_budget": ""}, (), "memory_budget is ''; it must be an amount with a unit"),
         (
             {"memory_budget": "1GiB", "method": "lora"},
             (),
