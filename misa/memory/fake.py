@@ -68,30 +68,25 @@ class FakeMode(FakeTensorMode):
                 super()._prep_args_for_hash(result, (arg,), state, id_hashed_objects)
 
 
-def build_fake_model(config: Any, dtype: str, mode: FakeTensorMode) -> Any:
-    """Make a causal language model of fake tensors.
+def build_model(config: Any, dtype: str) -> Any:
+    """Make a causal language model, of fake tensors inside a `FakeMode`, else of real ones.
 
     Args:
         config: A transformers configuration.
         dtype: Precision of the weights: bfloat16, float16 or float32.
-        mode: The mode that its tensors belong to.
 
     Returns:
         A transformers model in training mode whose attention is `ATTENTION`.
+
+    Raises:
+        KeyError: With `ATTENTION`, for a model whose attention cannot be replaced.
     """
     from transformers import AutoModelForCausalLM
-
-    register_attention()
-    with mode:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation=ATTENTION)
-    return model.train()
-
-
-def register_attention() -> None:
-    """Make `ATTENTION` known to transformers; the same for real tensors and fake ones."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, fused_causal_attention)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation=ATTENTION)
+    return model.train()
 
 
 def fused_causal_attention(

@@ -35,7 +35,7 @@ def configuration(name_or_path: str) -> Any:
         A transformers configuration, without a key and value cache.
 
     Raises:
-        ValueError: If it is none of them, or no causal language model.
+        ValueError: If it is none of them, or no causal language model, or no model can be built of it.
     """
     from transformers import AutoConfig
 
@@ -64,8 +64,21 @@ def configuration(name_or_path: str) -> Any:
             f"model is {name_or_path!r}; allowed: {', '.join(MODEL_NAMES)}, a model's folder, or a JSON configuration"
         )
     require_causal(config, name_or_path)
+    _require_sense(config, name_or_path)
     config.use_cache = False
     return config
+
+
+def _require_sense(config: Any, name: str) -> None:
+    """Check what transformers takes without a word, and fails on in the middle of a step."""
+    from transformers.activations import ACT2FN
+
+    heads, shared = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if heads is not None and shared is not None and (shared < 1 or heads % shared):
+        raise ValueError(f"model {name}: num_key_value_heads is {shared}; it must divide num_attention_heads, {heads}")
+    for field in ("hidden_act", "hidden_activation", "activation_function"):
+        if (value := getattr(config, field, None)) is not None and value not in ACT2FN:
+            raise ValueError(f"model {name}: {field} is {value!r}; allowed: {', '.join(ACT2FN)}")
 
 
 def longest_sequence(config: Any) -> int | None:

@@ -19,7 +19,7 @@ from torch import nn
 from misa.integration.chunked_loss import LOSSES, ChunkedLoss
 from misa.integration.lean_activations import LeanActivations
 from misa.memory.command import make_optimizer
-from misa.memory.fake import FakeMode, as_on_accelerator, build_fake_model, wrapping
+from misa.memory.fake import ATTENTION, FakeMode, as_on_accelerator, build_model, wrapping
 from misa.memory.models import configuration, longest_sequence
 from misa.memory.step import StepMemory, checkpoint_layers, measure_step, random_batch, training_step
 from misa.methods import METHODS, build
@@ -180,20 +180,18 @@ class Laboratory:
 
     def _build(self) -> None:
         s = self.scenario
-        if self._mode is None:
-            from transformers import AutoModelForCausalLM
-
-            from misa.memory.fake import ATTENTION, register_attention
-            from misa.models import torch_dtype
-
-            register_attention()
-            torch.manual_seed(0)
-            with torch.device(self.device):
-                self.base = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch_dtype(s.dtype), attn_implementation=ATTENTION
-                ).train()
-        else:
-            self.base = build_fake_model(self.config, s.dtype, self._mode)
+        try:
+            if self._mode is None:
+                torch.manual_seed(0)
+            with torch.device(self.device) if self._mode is None else self._mode:
+                self.base = build_model(self.config, s.dtype)
+        except KeyError as error:
+            if error.args != (ATTENTION,):
+                raise
+            raise ValueError(
+                f"model {s.model}: models of type {self.config.model_type} cannot be simulated, since their attention "
+                "cannot be replaced by one without a mask"
+            ) from error
         self.num_params = sum(p.numel() for p in self.base.parameters())
         options = {**s.options, **self._engine_settings()}
         # A round that outlasts the measurement, and no first pass, whose rounds are of one step.

@@ -289,6 +289,10 @@ def test_wrong_input_ends_with_status_2_and_one_line(words, message, capsys):
     [
         ({"model_type": "t5"}, "is of type t5; it must be a causal language model"),
         ({"hidden_size": -5}, "is not a model configuration: hidden_size is -5; it must be at least 1"),
+        ({**CONFIG, "num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide num_attention_heads, 4"),
+        ({**CONFIG, "num_key_value_heads": 0}, "num_key_value_heads is 0; it must divide num_attention_heads, 4"),
+        ({**CONFIG, "hidden_act": "nope"}, "hidden_act is 'nope'; allowed: gelu"),
+        ({**CONFIG, "model_type": "falcon"}, "models of type falcon cannot be simulated, since their attention"),
     ],
 )
 def test_wrong_configurations_are_named(fields, message, tmp_path, capsys):
