@@ -22,8 +22,8 @@ The lowest layer that trains keeps only what lies above its lowest trained matri
 checkpointed layer keeps its input, w TH, and all of the above while it is recomputed. On top come the final norm,
 4TH + 4T, and the logits: 10 VT bytes at the end of the forward pass, 12 VT in the backward pass (fp32 log-probabilities
 and their two gradients), or a chunk of them. While a layer's feed-forward is differentiated, three matrices of w TF and
-one of w TH join. An fp32 adapter keeps a copy of its input, 4 T(in), and with dropout a mask of one byte an element;
-adapters of the weights' precision keep what a trained matrix keeps.
+one of w TH join. An fp32 adapter on bf16 weights keeps a copy of its input, 4 T(in); one of the weights' precision
+keeps what a trained matrix keeps; with dropout either keeps what is left of its input, and a byte an element of mask.
 
 Which of these are alive together differs between the loss, each layer's backward pass and the optimizer's step: the
 formula is the largest of these sums.
@@ -40,11 +40,13 @@ from misa.integration.chunked_loss import CHUNK_TOKENS
 from misa.memory.scenario import Scenario
 from misa.rounded import BLOCK, OTHER_CHUNK_NUMEL
 
-# Bytes a trained parameter holds in the optimizer, by state format (bf16 weights).
-_MASTER, _MOMENTS = 4, 8
+# Bytes of a trained parameter's moments, by state format, and of the master copy of a weight that is not fp32.
+_MOMENTS = {"fp32": 8, "bf16": 4, "8bit": 2 + 8 / BLOCK}
+_MASTER = 4
 _WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
-# Bytes for each element of a piece of a tensor while it is updated without a master copy.
-_ROUNDING_BYTES = {"fp32": 24, "bf16": 32, "8bit": 50}
+# Bytes for each element of a piece of a tensor while it is updated without a master copy; what is fp32 is neither
+# widened nor rounded.
+_ROUNDING_BYTES = {2: {"fp32": 24, "bf16": 32, "8bit": 50}, 4: {"fp32": 0, "bf16": 18, "8bit": 32}}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
 _METHODS = ("adamw", "badam", "badam_official", "lisa", "lisa_official")
@@ -107,6 +109,7 @@ class ClosedForm:
         head = getattr(config, "head_dim", None) or self.hidden // self.heads
         self.queries, self.keys = self.heads * head, config.num_key_value_heads * head
         self.tied = config.tie_word_embeddings
+        self.drops = s.options.get("lora_dropout", 0.0) > 0
         has_bias = config.model_type == "qwen2"
         hidden, queries, keys, inner = self.hidden, self.queries, self.keys, self.inner
         matrices = hidden * (2 * queries + 2 * keys + 3 * inner) + (queries + 2 * keys if has_bias else 0)
@@ -166,14 +169,15 @@ class ClosedForm:
             moments["loss"] = base + sum(saved) + ends + 12 * logits
             moments["head"] = base + sum(saved) + ends + w * logits + head_gradient + w * tokens * self.hidden
         else:
-            chunk = min(CHUNK_TOKENS, tokens) * self.vocabulary * (6 if w == 2 else 8)
+            # In fp32 nothing is widened: logits, probabilities and gradients are one tensor.
+            chunk = min(CHUNK_TOKENS, tokens) * self.vocabulary * (6 if w == 2 else 4)
             moments["loss"] = base + sum(saved) + ends + chunk + head_gradient + w * tokens * self.hidden
         live = base + head_gradient + w * outside["norm"]
         # Three matrices for the gradients of gate, up and their product; when they exist, what down kept is gone.
         is_lean = s.lean_activations and not adapters
         flow = w * tokens * ((2 if is_lean else 3) * self.inner + self.hidden)
         if adapters:
-            flow += self.tokens * self.inner * (-w if width == w else 4 * (s.options.get("lora_dropout", 0.0) > 0))
+            flow += self.tokens * self.inner * (-w if width == w else 4 * self.drops)
         for i in reversed(range(lowest, self.layers)):
             passes = i > lowest or bool(outside["embed"]) or bool(set(by_layer.get(i, {})) - {"down_proj"})
             down = width * by_layer.get(i, {}).get("down_proj", 0)
@@ -209,6 +213,8 @@ class ClosedForm:
     def _layer_bytes(self, trained: Iterable[str], below: bool, adapter_bytes: int | None) -> int:
         """What one layer keeps; `below` says whether its input is differentiated."""
         trains, w, tokens, lean = set(trained), self.bytes, self.tokens, self.scenario.lean_activations
+        # Adapters that read a copy of their input, or what dropout left of it, keep that instead.
+        reads = adapter_bytes is None or (adapter_bytes == w and not self.drops)
         read = w * tokens * self.hidden
         norm = read if lean else 4 * tokens * (self.hidden + 1)
         wide = w * tokens * self.inner
@@ -216,7 +222,7 @@ class ClosedForm:
         flows = below
         if "input_layernorm" in trains:
             kept, flows = kept + (norm if lean and not below else 0 if lean else read), True
-        if trains & _QKV and adapter_bytes != 4:
+        if trains & _QKV and reads:
             kept += read
         flows = flows or bool(trains & _QKV)
         out = w * tokens * self.queries
@@ -228,43 +234,39 @@ class ClosedForm:
         kept += norm if flows else 0
         if "post_attention_layernorm" in trains:
             kept, flows = kept + (0 if lean and flows else read), True
-        if trains & _GATE_UP and adapter_bytes != 4:
+        if trains & _GATE_UP and reads:
             kept += read
         gate, up = flows or "gate_proj" in trains, flows or "up_proj" in trains
         if lean and adapter_bytes is None:
             kept += 2 * wide * bool(gate or up or "down_proj" in trains)
         else:
-            kept += wide * (2 * gate + up + ("down_proj" in trains and adapter_bytes != 4))
+            kept += wide * (2 * gate + up + ("down_proj" in trains and reads))
         if adapter_bytes is not None:
             kept += self._adapter_bytes(trains, adapter_bytes)
         return kept
 
     def _adapter_bytes(self, trained: set[str], width: int) -> int:
         """Copies of inputs in the adapters' precision, dropped inputs and their masks, and products of rank r."""
-        options = self.scenario.options
-        rank, dropout = options.get("lora_r", 16), options.get("lora_dropout", 0.0)
-        kept = 0
+        rank, kept = self.scenario.options.get("lora_r", 16), 0
+        copies = width != self.bytes or self.drops
         for module in trained & set(_MATRICES):
-            copies = width == 4 or dropout > 0
-            kept += self.tokens * (width * rank + self.widths[module][0] * (width * copies + (dropout > 0)))
+            kept += self.tokens * (width * rank + self.widths[module][0] * (width * copies + self.drops))
         return kept
 
     def _state_bytes(self, num: int, width: int, adapters: bool) -> int:
         s = self.scenario
         if adapters:
             return 2 * width * num
-        if s.state_format == "8bit":
-            return 2 * num + 8 * num // BLOCK
-        if self.bytes == 4:
-            return _MOMENTS * num
-        if s.state_format in ("fp32", "bf16"):
-            return (_MOMENTS if s.state_format == "fp32" else _MOMENTS // 2) * num
-        return (_MASTER + _MOMENTS) * num
+        if s.state_format in _MOMENTS:
+            return int(_MOMENTS[s.state_format] * num)
+        return (int(_MOMENTS["fp32"]) + (0 if self.bytes == 4 else _MASTER)) * num
 
     def _step_bytes(self, trained: Mapping[str, int]) -> int:
         s = self.scenario
-        if s.state_format in _ROUNDING_BYTES:
-            return _ROUNDING_BYTES[s.state_format] * min(max(trained.values(), default=0), OTHER_CHUNK_NUMEL)
+        if s.state_format in _MOMENTS:
+            return _ROUNDING_BYTES[self.bytes][s.state_format] * min(
+                max(trained.values(), default=0), OTHER_CHUNK_NUMEL
+            )
         if self.bytes == 4 or any("lora_" in name for name in trained):
             return 0
         return min(4 * sum(trained.values()), _WORKSPACE_BYTES)

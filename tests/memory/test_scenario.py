@@ -71,6 +71,13 @@ SHAPE = {"model": "llama3-8b", "num_layers": 4}
         {"method": "lora", "lean_adapters": True},
         {"method": "misa", "options": {"budget": 0.25}, "lean_activations": True, "accumulates": True},
         {"method": "badam", "lean_activations": True},
+        {"method": "lora", "lean_adapters": True, "options": {"lora_dropout": 0.1}},
+        {"method": "lora", "dtype": "float32"},
+        {"method": "lora", "dtype": "float32", "options": {"lora_dropout": 0.1}},
+        *(
+            {"method": "misa", "options": {"budget": 0.25}, "dtype": "float32", "state_format": name}
+            for name in ("master", "fp32", "bf16", "8bit")
+        ),
     ],
     ids=str,
 )
