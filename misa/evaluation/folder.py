@@ -13,8 +13,10 @@ from misa.models import first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-# Everything in a model folder that can change a score.
-SCORED_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+# What transformers reads of a model folder: its files, and, where those on the left are missing, older ones. What it
+# does not read, such as the optimizer's state beside a checkpoint, makes no other model.
+READ_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+READ_INSTEAD = {"*.safetensors": ("*.bin", "*.pt"), "tokenizer.json": ("*.txt",)}
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -63,11 +65,6 @@ class ModelFolder:
         return (self.folder / ADAPTER_CONFIG).is_file()
 
     @property
-    def is_local(self) -> bool:
-        """Whether model and base model are both on this machine."""
-        return self.is_gguf or (self.folder.is_dir() and Path(self.base).is_dir())
-
-    @property
     def source(self) -> tuple[str, dict[str, str]]:
         """What `from_pretrained` reads, of an adapter its base: a folder or hub id, and further arguments."""
         return (str(self.folder.parent), {"gguf_file": self.folder.name}) if self.is_gguf else (self.base, {})
@@ -92,15 +89,16 @@ class ModelFolder:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that can change a score, or "" for a model of a hub."""
-        if not self.is_local:
-            return ""
+        """SHA-256 over everything on this machine that can change a score, or "" for a model of a hub.
+
+        A base on a hub counts by its name, which the adapter's configuration holds.
+        """
         if self.is_gguf:
             return files_digest([self.folder])
+        if not self.folder.is_dir():
+            return ""
         folders = dict.fromkeys((Path(self.base), self.folder))
-        return files_digest(
-            path for folder in folders for pattern in SCORED_FILES for path in sorted(folder.glob(pattern))
-        )
+        return files_digest(path for folder in folders for path in model_files(folder))
 
     @property
     def tokenizer(self) -> str:
@@ -138,6 +136,19 @@ class ModelFolder:
         if not HUB_ID.fullmatch(base):
             raise ValueError(f"{path} names the base model {base}, which is not there")
         return str(base)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder with a model, an adapter or a tokenizer that can change what it answers.
+
+    Args:
+        folder: The folder; one that is not there has none.
+    """
+    patterns = list(READ_FILES)
+    for pattern, older in READ_INSTEAD.items():
+        if not any(folder.glob(pattern)):
+            patterns += older
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def in_hub_cache(hub_id: str) -> bool:

@@ -42,11 +42,11 @@ def source_digest(*sources: str | None) -> str | None:
         The digest, or None if none of them is a file or a folder.
     """
     from misa.data.records import files_digest
-    from misa.evaluation.folder import SCORED_FILES
+    from misa.evaluation.folder import model_files
 
     files = [Path(source) for source in sources if source is not None and Path(source).is_file()]
     for folder in dict.fromkeys(Path(source) for source in sources if source is not None and Path(source).is_dir()):
-        files += [path for pattern in SCORED_FILES for path in sorted(folder.glob(pattern))]
+        files += model_files(folder)
     return files_digest(files) if files else None
 
 

@@ -209,3 +209,37 @@ def test_help_names_the_tasks(capsys) -> None:
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert all(name in text for name in [*task_names(), "--limit", "--batch_size", "--offline"])
+
+
+def test_digest_names_whatever_transformers_reads(tmp_path: Path) -> None:
+    """Older formats count where they are read; beside newer ones, which are read instead, they make no other model."""
+    from misa.data.records import files_digest
+    from misa.evaluation.folder import ModelFolder
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    seen = set()
+    for name in ("pytorch_model.bin", "merges.txt"):
+        for content in ("one", "two"):
+            (folder / name).write_text(content)
+            seen.add(ModelFolder(str(folder)).digest)
+    assert len(seen) == 4
+    for name in ("tokenizer.json", "model.safetensors"):
+        (folder / name).write_text("new")
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    assert ModelFolder(str(folder)).digest == files_digest(folder / name for name in names)
+
+
+def test_digest_of_an_adapter_counts_its_weights_and_its_base_on_a_hub(tmp_path: Path) -> None:
+    from misa.evaluation.folder import ModelFolder
+
+    seen = set()
+    for base in ("owner/one", "owner/two"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        for weights in ("one", "two"):
+            (tmp_path / "adapter_model.safetensors").write_text(weights)
+            seen.add(ModelFolder(str(tmp_path)).digest)
+    assert len(seen) == 4
+    assert "" not in seen
+    assert ModelFolder("owner/one").digest == ""
