@@ -238,11 +238,49 @@ def test_two_models_are_compared_on_the_same_documents(known, words, tmp_path, c
     assert (tmp_path / "again" / "comparison.csv").read_text() == (tmp_path / "out" / "comparison.csv").read_text()
 
 
-def test_perplexities_are_compared_by_permutation(known, words, tmp_path) -> None:
-    assert evaluate.main(words(tasks="perplexity", base=known.untrained)) == 0
+def test_perplexities_are_compared_as_bits_of_all_bytes(known, words, tmp_path) -> None:
+    """Value and difference are those of the two evaluations; a document without text counts for nothing."""
+    data = tmp_path / "data"
+    data.mkdir()
+    text = (known.data / "validation.jsonl").read_text()
+    (data / "validation.jsonl").write_text(text + '{"text": ""}\n')
+    assert evaluate.main(words(tasks="perplexity", base=known.untrained, data_dir=data)) == 0
     with (tmp_path / "out" / "comparison.csv").open() as stream:
         (row,) = csv.DictReader(stream)
     assert (row["metric"], row["test"], row["num_documents"]) == ("bits_per_byte", "permutation", "3")
+    value, base_value = (
+        read_result(folder).metrics["perplexity/bits_per_byte"] for folder in (tmp_path / "out", tmp_path / "out/base")
+    )
+    assert float(row["value"]) == pytest.approx(value)
+    assert float(row["base_value"]) == pytest.approx(base_value)
+    assert float(row["difference"]) == pytest.approx(value - base_value)
+    samples = [
+        json.loads((folder / "lm_eval.json").read_text())["samples"]["perplexity"]
+        for folder in (tmp_path / "out", tmp_path / "out/base")
+    ]
+    lower = sum(one["bits_per_byte"][0] > other["bits_per_byte"][0] for one, other in zip(*samples, strict=True))
+    assert (int(row["num_better"]), int(row["num_worse"])) == (lower, 3 - lower)
+
+
+def test_comparison_weighs_documents_and_knows_what_is_better() -> None:
+    import numpy as np
+
+    from misa.evaluation.comparison import compare
+    from misa.evaluation.scoring import perplexity_metrics
+
+    row = compare("t", "bits_per_byte", [1.0, 2.0], [2.0, 2.0], [30, 10], higher_is_better=False)
+    assert (row.value, row.base_value, row.difference) == (1.25, 2.0, -0.75)
+    assert (row.num_better, row.num_worse) == (1, 0)
+    # Against a base that costs nothing, the error of the difference is that of the model's own rate.
+    texts = ["a" * 30, "b" * 10, "c" * 25]
+    samples = [
+        {"filtered_resps": [-nats], "doc": {"text": text}} for nats, text in zip((20, 9, 31), texts, strict=True)
+    ]
+    rates = [-sample["filtered_resps"][0] / np.log(2) / len(sample["doc"]["text"]) for sample in samples]
+    error = perplexity_metrics(samples, 10)["bits_per_byte_stderr"]
+    assert compare("t", "m", rates, [0.0] * 3, [30, 10, 25]).stderr == pytest.approx(error)
+    plain = compare("t", "m", rates, [0.0] * 3)
+    assert (plain.difference, plain.stderr) == (np.mean(rates), np.std(rates, ddof=1) / np.sqrt(3))
 
 
 def test_other_documents_cannot_be_compared(known, words, capsys, tmp_path) -> None:
