@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from misa.data.records import SUFFIXES, already_made, write_digest, write_records
-from misa.data.sources import InstructionSource, find_instructions, read_questions
+from misa.data.records import SUFFIXES, already_made, files_digest, write_digest, write_records
+from misa.data.sources import InstructionSource, find_instructions, question_of, read_questions
 from misa.files import new_folder
 
 FIELDS = ("instruction", "input", "output", "answer")
@@ -16,8 +16,9 @@ FIELDS = ("instruction", "input", "output", "answer")
 def make_mix(output_dir: str | Path, sets: Sequence[str], data_dir: str | None = None, seed: int = 0) -> bool:
     """Write the training records of several sets, shuffled, as `train.jsonl` and `digest.json`.
 
-    Every record of every set is in it once. Left out are questions that stand in a test file beside a training file
-    (`arc_easy_test.json` beside `arc_easy_train.json`): some public sets overlap with their own tests.
+    Every question (instruction and input) of every set is in it once, with its last answer. Left out are questions that
+    stand, character for character, in a test file beside a training file (`arc_easy_test.json` beside
+    `arc_easy_train.json`): some public sets overlap with their own tests.
 
     Args:
         output_dir: Folder to write.
@@ -36,11 +37,12 @@ def make_mix(output_dir: str | Path, sets: Sequence[str], data_dir: str | None =
     found = [find_instructions(name, data_dir) for name in sets]
     read = [source.read(with_validation=False) for source in found]
     digests = {name: digest for name, (_, _, digest) in zip(sets, read, strict=True)}
-    settings = {"sets": list(sets), "sources": digests, "seed": seed}
+    tests = [path for source in found for path in _test_files(source)]
+    settings = {"sets": list(sets), "sources": digests, "tests": files_digest(tests), "seed": seed}
     if already_made(output_dir, "mix", settings):
         return False
-    tested = {question for source in found for question in _test_questions(source)}
-    records = {record["instruction"]: record for records, _, _ in read for record in records}
+    tested = {question for path in tests for question in read_questions(path)}
+    records = {question_of(record): record for records, _, _ in read for record in records}
     kept = [record for question, record in records.items() if question not in tested]
     random.Random(seed).shuffle(kept)
     counts = {name: len(records) for name, (records, _, _) in zip(sets, read, strict=True)}
@@ -52,14 +54,12 @@ def make_mix(output_dir: str | Path, sets: Sequence[str], data_dir: str | None =
     return True
 
 
-def _test_questions(source: InstructionSource) -> list[str]:
-    """Questions of the test files that lie beside local training files."""
-    questions: list[str] = []
-    for path in source.train:
-        if "train" not in path.stem:
-            continue
-        for suffix in SUFFIXES:
-            beside = path.with_name(path.stem.replace("train", "test") + suffix)
-            if beside.is_file():
-                questions += read_questions(beside)
-    return questions
+def _test_files(source: InstructionSource) -> list[Path]:
+    """Test files that lie beside local training files."""
+    return [
+        beside
+        for path in source.train
+        if "train" in path.stem
+        for suffix in SUFFIXES
+        if (beside := path.with_name(path.stem.replace("train", "test") + suffix)).is_file()
+    ]

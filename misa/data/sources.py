@@ -211,8 +211,13 @@ def _find_in_folder(folder: Path) -> InstructionSource:
     )
 
 
-def read_questions(path: Path) -> list[str]:
-    """Return the instructions of a test file, whose answers may be missing.
+def question_of(record: Record) -> tuple[str, str]:
+    """Return what a record asks: its instruction and its input, "" if it has none."""
+    return record["instruction"], record.get("input") or ""
+
+
+def read_questions(path: Path) -> list[tuple[str, str]]:
+    """Return the questions of a test file, whose answers may be missing.
 
     Args:
         path: A data file.
@@ -220,7 +225,7 @@ def read_questions(path: Path) -> list[str]:
     Raises:
         ValueError: If the file cannot be read, or a record has no instruction.
     """
-    return [record["instruction"] for record in _read(numbered_records(path), 0.0, str(path), to_learn=False)]
+    return [question_of(record) for record in _read(numbered_records(path), 0.0, str(path), to_learn=False)]
 
 
 def _read_files(files: Iterable[Path], max_malformed: float) -> list[Record]:

@@ -52,6 +52,22 @@ def test_mix_is_made_once_and_follows_its_seed_and_sources(sets: Path, tmp_path:
         make_mix(tmp_path / "one", ["arc_easy"], str(sets))
 
 
+def test_records_of_one_instruction_are_told_apart_by_their_input(tmp_path: Path) -> None:
+    records = [{"instruction": "Classify.", "input": f"sentence {i}", "output": f"class {i}"} for i in range(5)]
+    write_records(tmp_path / "alpaca_gpt4_train.jsonl", [*records, records[0], {"instruction": "Hi.", "output": "Hi."}])
+    write_records(tmp_path / "alpaca_gpt4_test.jsonl", [{**records[1], "output": ""}])
+    assert make_mix(tmp_path / "mix", ["alpaca-gpt4"], str(tmp_path))
+    made = read_records(tmp_path / "mix" / "train.jsonl", ("input", "output"))
+    assert sorted(record["output"] for record in made) == ["Hi.", *(f"class {i}" for i in (0, 2, 3, 4))]
+
+
+def test_test_file_that_came_later_asks_for_another_mix(sets: Path, tmp_path: Path) -> None:
+    assert make_mix(tmp_path / "mix", ["openbookqa"], str(sets))
+    write_records(sets / "openbookqa_test.jsonl", [question("open 3")])
+    with pytest.raises(ValueError, match="holds other data: tests is"):
+        make_mix(tmp_path / "mix", ["openbookqa"], str(sets))
+
+
 def test_answers_of_tests_need_not_be_there(sets: Path, tmp_path: Path) -> None:
     write_records(sets / "arc_easy_test.jsonl", [{**question("easy 3"), "output": ""}, question("new")])
     assert make_mix(tmp_path / "mix", ["arc_easy"], str(sets))
