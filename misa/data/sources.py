@@ -13,7 +13,7 @@ In LLM-Adapters' own `dataset/NAME/train.json` the outputs were written by a mod
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class InstructionSource:
         if "train" not in splits:
             raise ValueError(f"{self.hub_id} has no split train; it has {', '.join(splits)}")
         names = ["train", *(["validation"] if with_validation and "validation" in splits else [])]
-        read = {name: _read(_rows(self.hub_id, name, splits[name]), max_malformed, self.hub_id) for name in names}
+        read = {name: read_rows(self.hub_id, name, splits[name], max_malformed) for name in names}
         digest = records_digest([record for name in names for record in read[name]])
         return read["train"], read.get("validation", []), digest
 
@@ -228,6 +228,28 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
     return [question_of(record) for record in _read(numbered_records(path), 0.0, str(path), to_learn=False)]
 
 
+def read_rows(
+    hub_id: str, split: str, rows: Iterable[Record], max_malformed: float = 0.0, to_learn: bool = True
+) -> list[Record]:
+    """Convert the rows of a split of the hub.
+
+    Args:
+        hub_id: Repository on the hub, for messages.
+        split: Name of the split, for messages.
+        rows: The rows in the fields they have there.
+        max_malformed: Share of the rows that may be malformed and is then left out with a warning.
+        to_learn: Refuse empty outputs.
+
+    Returns:
+        Records with instruction, input, output and, where the layout has one, answer.
+
+    Raises:
+        ValueError: If too many rows are malformed; the first few are named.
+    """
+    numbered = ((f"{hub_id}, {split}, row {number}", row) for number, row in enumerate(rows, start=1))
+    return _read(numbered, max_malformed, hub_id, to_learn)
+
+
 def _read_files(files: Iterable[Path], max_malformed: float) -> list[Record]:
     return [record for path in files for record in _read(numbered_records(path), max_malformed, str(path))]
 
@@ -256,8 +278,3 @@ def _read(
         return converted
 
     return sound_records(numbered, convert, max_malformed, source)
-
-
-def _rows(hub_id: str, split: str, dataset: Iterable[Record]) -> Iterator[tuple[str, Any]]:
-    for number, record in enumerate(dataset, start=1):
-        yield f"{hub_id}, {split}, row {number}", record

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from misa.data.formats import format_of
 from misa.evaluation.scoring import data_files, expand, group_tasks
 from misa.evaluation.standard import STANDARD_TASKS, choice_row, files_of, local_config, number_row, task_folder
 from misa.tasks.benchmarks import BENCHMARKS, find_test, load, prompt, read_test
-from misa.tasks.hub import SOURCES
+from misa.tasks.hub import SOURCES, fetch_test
 
 RECORD = {"instruction": "What is 2 + 3?", "input": "", "output": "6", "answer": "5.0"}
 CHOICE = {
@@ -93,16 +94,21 @@ def test_task_that_needs_the_hub_refuses_a_folder(tmp_path: Path) -> None:
     ("dataset", "row", "instruction", "answer"),
     [
         ("gsm8k", {"question": "How many?", "answer": "1 + 1 = <<1+1=2>>2\n#### 1,002"}, "How many?", "1,002"),
-        ("svamp", {"Body": "He had 3", "Question": "How many? ", "Answer": "3"}, "He had 3. How many?", "3"),
+        (
+            "svamp",
+            {"Body": "He had 3,", "Question": "How many? ", "Equation": "3", "Answer": "3.0"},
+            "He had 3, How many?",
+            "3",
+        ),
         (
             "aqua",
-            {"question": "How much?", "options": ["A)1 gm", "B)2 gms"], "correct": "B"},
+            {"question": "How much?", "options": ["A)1 gm", "B) 2 gms"], "rationale": "", "correct": "B"},
             "How much? Answer Choices: (A) 1 gm (B) 2 gms",
             "B",
         ),
         (
             "boolq",
-            {"question": "is it so", "answer": True},
+            {"question": "is it so?", "passage": "It is.", "answer": True},
             "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false",
             "true",
         ),
@@ -131,7 +137,7 @@ def test_task_that_needs_the_hub_refuses_a_folder(tmp_path: Path) -> None:
             "winogrande",
             {"sentence": "He met _.", "option1": "Al", "option2": "Bo", "answer": "2"},
             "Please choose the correct answer to fill in the blank to complete the given sentence: He met _.\n\n"
-            "Option1: Al Option2: Bo\n\nAnswer format: option1/option2",
+            "Option1: Al Option2: Bo Answer format: option1/option2",
             "option2",
         ),
         (
@@ -143,13 +149,27 @@ def test_task_that_needs_the_hub_refuses_a_folder(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_hub_rows_become_the_words_of_llm_adapters(dataset: str, row: dict, instruction: str, answer: str) -> None:
-    assert SOURCES[dataset].convert(row) == (instruction, answer)
+def test_hub_rows_become_the_words_of_training(
+    monkeypatch: pytest.MonkeyPatch, dataset: str, row: dict, instruction: str, answer: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [row])
+    records = fetch_test(dataset)
+    assert records == [{"instruction": instruction, "input": "", "answer": answer}] * len(SOURCES[dataset].splits)
+    assert records[0]["instruction"] == format_of(row).convert(row)["instruction"]
+
+
+def test_malformed_row_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    row = {"question": "is it so", "passage": "", "answer": "yes"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [row])
+    with pytest.raises(ValueError, match="google/boolq, validation, row 1: field 'answer' must be true or false"):
+        fetch_test("boolq")
 
 
 def test_only_mawps_is_on_no_hub() -> None:
-    from misa.tasks.hub import fetch_test
-
     assert set(BENCHMARKS) - set(SOURCES) == {"mawps"}
     with pytest.raises(ValueError, match=r"mawps is on no hub.*LLM-Adapters"):
         fetch_test("mawps")
@@ -167,8 +187,7 @@ def test_choices_are_taken_apart() -> None:
 def test_hub_and_back_gives_the_same_row() -> None:
     """The words of LLM-Adapters made from a hub row hold all that the harness's task needs."""
     row = {"question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
-    instruction, answer = SOURCES["arc_easy"].convert(row)
-    back = choice_row({"instruction": instruction, "answer": answer})
+    back = choice_row(format_of(row).convert(row))
     assert (back["question"], back["choices"]["text"], back["answerKey"]) == ("Why?", ["x", "y"], "B")
 
 
