@@ -25,6 +25,21 @@ WORTHLESS = -1e9
 # Finished documents leave when they are this share of the batch: what stays has to be copied.
 LEAVING_SHARE = 0.125
 
+# Fields of a generation configuration that change nothing in a search of beams: it reads the end tokens itself, the
+# others are given with each call, are for sampling, or say how transformers keeps and returns what it finds.
+HARMLESS = frozenset(
+    (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+        *("_from_model_config", "transformers_version"),
+        *("max_length", "max_new_tokens", "num_beams", "do_sample"),
+        *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config", "disable_compile"),
+        *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    )
+)
+# Fields that ask for nothing at 1; the others ask for nothing at 0, False or empty.
+FACTORS = frozenset(("length_penalty", "repetition_penalty", "encoder_repetition_penalty", "num_return_sequences"))
+
 
 def shared_attention(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
@@ -129,8 +144,12 @@ class BeamLayer(DynamicLayer):
 def can_search(model: Any) -> bool:
     """Say whether `beam_search` serves a model.
 
-    It needs the attention above, and keys and values of all tokens in every layer, without windows or other states.
+    It needs the attention above, keys and values of all tokens in every layer, without windows or other states, and a
+    generation configuration without rules of its own, such as a penalty on repetitions.
     """
+    asked = model.generation_config.to_diff_dict()
+    if any(value != 1 if name in FACTORS else value for name, value in asked.items() if name not in HARMLESS):
+        return False
     layers = DynamicCache(config=model.config).layers
     is_plain = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
     return is_plain and bool(model.config._attn_implementation == SHARED_ATTENTION)

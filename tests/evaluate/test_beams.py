@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from misa.evaluation import beams
 from misa.evaluation.beams import SHARED_ATTENTION, beam_search, can_search
@@ -126,5 +126,25 @@ def test_models_with_windows_or_another_attention_are_not_searched(model) -> Non
     assert not can_search(model)
     plain = LlamaConfig(num_hidden_layers=2, attn_implementation=SHARED_ATTENTION)
     windowed = Gemma2Config(num_hidden_layers=2, sliding_window=4, attn_implementation=SHARED_ATTENTION)
-    assert can_search(SimpleNamespace(config=plain))
-    assert not can_search(SimpleNamespace(config=windowed))
+    default = GenerationConfig()
+    assert can_search(SimpleNamespace(config=plain, generation_config=default))
+    assert not can_search(SimpleNamespace(config=windowed, generation_config=default))
+
+
+@pytest.mark.parametrize(
+    ("settings", "can"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 4], "max_length": 64}, True),
+        ({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "early_stopping": False, "length_penalty": 1}, True),
+        ({"repetition_penalty": 1.05}, False),
+        ({"no_repeat_ngram_size": 2}, False),
+        ({"length_penalty": 0.0}, False),
+        ({"early_stopping": True}, False),
+        ({"bad_words_ids": [[5]]}, False),
+        ({"min_new_tokens": 4}, False),
+        ({"suppress_tokens": [5]}, False),
+    ],
+)
+def test_models_with_rules_of_their_own_for_generation_are_not_searched(settings: dict[str, Any], can: bool) -> None:
+    config = LlamaConfig(num_hidden_layers=2, attn_implementation=SHARED_ATTENTION)
+    assert can_search(SimpleNamespace(config=config, generation_config=GenerationConfig(**settings))) == can

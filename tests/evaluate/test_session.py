@@ -175,6 +175,34 @@ def test_batches_answer_like_single_documents(arguments, benchmarks, tmp_path) -
     assert responses[1] == responses[4] == responses["auto"]
 
 
+def test_beams_obey_the_rules_that_a_model_brings(known, tmp_path) -> None:
+    """As its own `generate` does, which reads them out of generation_config.json."""
+    from lm_eval.api.instance import Instance
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from misa.evaluation.beams import can_search
+    from misa.evaluation.folder import ModelFolder
+    from misa.evaluation.model import load_model
+
+    folder = shutil.copytree(known.untrained, tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.5, "length_penalty": 2.0}))
+    plain, own = (
+        load_model(ModelFolder(str(name)), dtype="float32", device="cpu", batch_size=1, max_length=None)
+        for name in (known.untrained, folder)
+    )
+    assert can_search(plain.model)
+    settings = {"until": [], "max_gen_toks": 12, "do_sample": False, "num_beams": 4}
+    request = Instance("generate_until", {}, ("Who is the sister of Eve?", settings), 0)
+    (found,) = own.generate_until([request], disable_tqdm=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(request.args[0], return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    expected = model.generate(**ids, num_beams=4, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert found == tokenizer.decode(expected, skip_special_tokens=True)
+    assert plain.generate_until([request], disable_tqdm=True) != [found]
+
+
 def test_adapter_is_searched_like_its_base(known, arguments, tmp_path) -> None:
     """A fresh LoRA adapter changes nothing, so its beams are those of the base."""
     from peft import LoraConfig, get_peft_model
