@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misa.data.records import require_split
-from misa.evaluation.standard import OF_BENCHMARK, STANDARD_TASKS, files_of, local_config, number_row, task_folder
+from misa.data.instruction import read_instructions
+from misa.data.records import Record, numbered_records, read_records, require_split, sound_records
+from misa.evaluation.standard import OF_BENCHMARK, STANDARD_TASKS, files_of, local_config, task_folder
+from misa.tasks.answers import require_answer
 from misa.tasks.benchmarks import BENCHMARKS, find_test, read_test
+from misa.tasks.documents import normalise
 
 if TYPE_CHECKING:
     from misa.evaluation.model import Model
@@ -109,8 +112,8 @@ def data_files(tasks: Sequence[str], data_dir: str | None, offline: bool = False
         offline: Refuse the hub.
 
     Raises:
-        ValueError: If the folder or a file is missing; the message says where it comes from. If an answer that is to be
-            a number is none.
+        ValueError: If the folder or a file is missing; the message says where it comes from. If a record is malformed,
+            or no response could be scored against its answer.
     """
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"data_dir {data_dir}: no such folder")
@@ -128,20 +131,34 @@ def data_files(tasks: Sequence[str], data_dir: str | None, offline: bool = False
             files[task] = files_of(task, data_dir)
         else:
             files[task] = [find_test(task.removeprefix(PREFIX), data_dir)]
-        benchmark = task.removeprefix(PREFIX)
-        if data_dir is not None and benchmark in STANDARD_TASKS and STANDARD_TASKS[benchmark].row is number_row:
-            _require_numbers(benchmark, data_dir)
+        if data_dir is not None:
+            _require_answers(task, data_dir)
     return files
 
 
-def _require_numbers(benchmark: str, data_dir: str) -> None:
-    """Refuse an answer that no response can be scored against, which would show after all are generated."""
-    for number, record in enumerate(read_test(benchmark, data_dir), start=1):
-        try:
-            number_row(record)
-        except ValueError as error:
-            path = find_test(benchmark, data_dir)
-            raise ValueError(f"{path}, record {number}: field 'answer' must be a number: {error}") from error
+def _require_answers(task: str, data_dir: str) -> None:
+    """Refuse what no response can be scored against, which would show after all are generated, or not at all."""
+    if task in STANDARD_TASKS:
+        read_test(STANDARD_TASKS[task].dataset, data_dir, STANDARD_TASKS[task].row)
+    elif task not in SPLITS:
+        scorer = str(_yaml(task).get("process_results")).rpartition(".")[2]
+        read_test(task.removeprefix(PREFIX), data_dir, functools.partial(require_answer, scorer=scorer))
+    elif SPLITS[task] == "test":
+        path = require_split(data_dir, "test")
+        read_instructions(path)
+        sound_records(numbered_records(path), _require_words, 0.0, str(path))
+    else:
+        path = require_split(data_dir, "validation")
+        if not any(record["text"] for record in read_records(path, ("text",))):
+            raise ValueError(f"{path} has no text in any record")
+
+
+def _require_words(record: Record) -> Record:
+    """Check the answer of a question that is answered in words; without one its output stands for it."""
+    field = "answer" if "answer" in record else "output"
+    if not isinstance(record[field], str) or not normalise(record[field]):
+        raise ValueError(f"field {field!r} is {record[field]!r}, allowed is text with a letter or digit in it")
+    return record
 
 
 def num_generated(task: str) -> int:
@@ -151,17 +168,22 @@ def num_generated(task: str) -> int:
     finds by itself.
     """
     from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.tasks._yaml_loader import load_yaml
 
-    path = TASK_FOLDER / f"{task}.yaml"
-    if task in STANDARD_TASKS:
-        if not STANDARD_TASKS[task].yaml:
-            return 0
-        path = task_folder(task) / STANDARD_TASKS[task].yaml
-    config = load_yaml(path, resolve_func=False)
+    if task in STANDARD_TASKS and not STANDARD_TASKS[task].yaml:
+        return 0
+    config = _yaml(task)
     if config["output_type"] != "generate_until":
         return 0
     return int(normalize_gen_kwargs(config["generation_kwargs"])["max_gen_toks"])
+
+
+def _yaml(task: str) -> dict[str, Any]:
+    """The file of a task, with what it includes; functions by their names."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    is_standard = task in STANDARD_TASKS
+    path = task_folder(task) / STANDARD_TASKS[task].yaml if is_standard else TASK_FOLDER / f"{task}.yaml"
+    return dict(load_yaml(path, resolve_func=False))
 
 
 def _hub_id(task: str) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from misa.data.formats import plain_number
+from misa.tasks.answers import plain_answer
 from misa.tasks.benchmarks import find_test, read_test
 
 CHOICES = re.compile(r"[^:]*: (?P<question>.*)\n\nAnswer1: (?P<choices>.*)\n\nAnswer format: .*", re.DOTALL)
@@ -42,17 +42,19 @@ def choice_row(record: dict[str, str]) -> dict[str, Any]:
     """Take a multiple-choice record apart: the columns of ARC and OpenBookQA on the hub.
 
     Raises:
-        ValueError: If the instruction does not have the form of LLM-Adapters.
+        ValueError: If the instruction does not have the form of LLM-Adapters, or the answer names none of its choices.
     """
     match = CHOICES.fullmatch(record["instruction"])
     if match is None:
         raise ValueError(f"no question with Answer1, Answer2, ... in {record['instruction'][:80]!r}")
     texts = re.split(r" ?Answer[2-9]: ", match["choices"])
-    labels = [chr(ord("A") + index) for index in range(len(texts))]
-    key = labels[int(record["answer"].removeprefix("answer")) - 1]
+    labels = {f"answer{index + 1}": chr(ord("A") + index) for index in range(len(texts))}
+    if record["answer"] not in labels:
+        raise ValueError(f"field 'answer' is {record['answer']!r}, allowed is {', '.join(labels)}")
     # ARC and OpenBookQA call the same thing by two names.
     question = {"question": match["question"], "question_stem": match["question"]}
-    return {**question, "choices": {"text": texts, "label": labels}, "answerKey": key}
+    choices = {"text": texts, "label": list(labels.values())}
+    return {**question, "choices": choices, "answerKey": labels[record["answer"]]}
 
 
 def number_row(record: dict[str, str]) -> dict[str, Any]:
@@ -61,8 +63,7 @@ def number_row(record: dict[str, str]) -> dict[str, Any]:
     Raises:
         ValueError: If the answer is no number.
     """
-    answer = plain_number(record["answer"].replace(",", ""))
-    return {"question": record["instruction"], "answer": f"#### {answer}"}
+    return {"question": record["instruction"], "answer": f"#### {plain_answer(record['answer'])}"}
 
 
 # SVAMP and MAWPS are unknown to the harness: its GSM8K task on their problems, with the same worked examples.

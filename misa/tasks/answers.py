@@ -10,6 +10,8 @@ import math
 import re
 from typing import Any
 
+from misa.data.formats import plain_number
+
 # A number is right if it is this close.
 TOLERANCE = 1e-3
 
@@ -17,6 +19,13 @@ NUMBER = re.compile(r"-?\d+\.?\d*")
 
 # The word that a question asks for -> how many answers there can be.
 LABELS = {"solution": 2, "answer": 5, "ending": 4, "option": 2}
+
+# Scorer -> what the answer of a document can be; against another one no response would ever be right.
+ANSWERS = {
+    "score_letter": "[A-E]",
+    "score_truth": "true|false",
+    "score_label": "|".join(f"{word}[1-{count}]" for word, count in LABELS.items()),
+}
 
 
 def extract_number(text: str) -> float | None:
@@ -74,6 +83,38 @@ def score_label(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Score a response against a label in `answer`, such as `option2`."""
     found = extract_label(results[0], doc["answer"].rstrip("0123456789"))
     return _scores(found == doc["answer"], found)
+
+
+def plain_answer(answer: str) -> str:
+    """Return the number that an answer is, without commas and without a needless ".0".
+
+    Raises:
+        ValueError: If it is no number, or not a finite one.
+    """
+    try:
+        return plain_number(answer.replace(",", ""))
+    except ValueError as error:
+        raise ValueError(f"field 'answer' must be a number: {error}") from None
+
+
+def require_answer(doc: dict[str, Any], scorer: str) -> None:
+    """Check that a response can be right by the answer of a document.
+
+    Args:
+        doc: The document, with `instruction` and `answer`.
+        scorer: Name of the function here that scores it; of a function elsewhere nothing is known or checked.
+
+    Raises:
+        ValueError: If none can be; the message says what is allowed.
+    """
+    if scorer == score_number.__name__:
+        plain_answer(doc["answer"])
+    elif scorer in ANSWERS:
+        if not re.fullmatch(ANSWERS[scorer], doc["answer"]):
+            raise ValueError(f"field 'answer' is {doc['answer']!r}, allowed is {ANSWERS[scorer]}")
+        _, says_format, labels = doc["instruction"].rpartition("Answer format: ")
+        if says_format and doc["answer"] not in labels.strip().split("/"):
+            raise ValueError(f"field 'answer' is {doc['answer']!r}, the instruction allows {labels.strip()}")
 
 
 def _scores(is_right: bool, found: Any) -> dict[str, float]:

@@ -6,12 +6,13 @@ model's old response, often wrong, and is left out: `answer` alone is scored aga
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from misa.data.instruction import record_prompt
-from misa.data.records import read_records
+from misa.data.records import Record, numbered_records, require_text, sound_records
 
 ORIGIN = "https://github.com/AGI-Edgerunners/LLM-Adapters/tree/main/dataset"
 
@@ -76,30 +77,40 @@ def load(dataset: str, data_dir: str | None = None, **_: Any) -> dict[str, Any]:
     return {"test": Dataset.from_list(records)}
 
 
-def read_test(dataset: str, data_dir: str | Path) -> list[dict[str, str]]:
+def read_test(
+    dataset: str, data_dir: str | Path, check: Callable[[dict[str, str]], object] | None = None
+) -> list[dict[str, str]]:
     """Read a test set out of a local folder.
 
     Args:
         dataset: A key of `BENCHMARKS`.
         data_dir: Local folder, see `find_test`.
 
+        check: Called with each record, may raise `ValueError` for one that cannot be scored.
+
     Returns:
         Records with instruction, input and answer, all text.
 
     Raises:
-        ValueError: If the file is missing or malformed.
+        ValueError: If the file is missing or malformed; the message names the line or record.
     """
     path = find_test(dataset, data_dir)
-    records = []
-    for number, record in enumerate(read_records(path, ("instruction",)), start=1):
-        answer = record.get("answer")
+
+    def convert(record: Record) -> dict[str, str]:
+        require_text(record, ("instruction",))
+        context, answer = record.get("input") or "", record.get("answer")
+        if not isinstance(context, str):
+            raise ValueError(f"field 'input' must be text, found {context!r}")
         # AQuA has its letter in a list.
         answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
-        if not isinstance(answer, str | int | float):
-            raise ValueError(f"{path}, record {number}: field 'answer' must be text or a number, found {answer!r}")
-        fields = {"instruction": record["instruction"], "input": record.get("input") or "", "answer": str(answer)}
-        records.append(fields)
-    return records
+        if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+            raise ValueError(f"field 'answer' must be text or a number, found {answer!r}")
+        fields = {"instruction": record["instruction"], "input": context, "answer": str(answer)}
+        if check is not None:
+            check(fields)
+        return fields
+
+    return sound_records(numbered_records(path), convert, 0.0, str(path))
 
 
 def find_test(dataset: str, data_dir: str | Path) -> Path:

@@ -64,6 +64,70 @@ def test_answer_that_is_no_number_is_named_before_anything_is_scored(tmp_path: P
         data_files([task], str(tmp_path))
 
 
+def choices(answer: object, **more: object) -> dict[str, object]:
+    labels = [f"answer{number}" for number in range(1, 5)]
+    listed = " ".join(f"{label.capitalize()}: c" for label in labels)
+    text = f"Please choose the correct answer to the question: Q?\n\n{listed}\n\nAnswer format: {'/'.join(labels)}"
+    return {"instruction": text, "answer": answer, **more}
+
+
+# A record that can be scored, where it is no choice of four.
+SOUND = {
+    "misa_boolq": {"instruction": "?", "answer": "true"},
+    "misa_aqua": {"instruction": "?", "answer": ["A"]},
+    "misa_family": {"instruction": "?", "output": "son"},
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "record", "message"),
+    [
+        ("misa_boolq", "boolq_test", {"instruction": "?", "answer": True}, "must be text or a number, found True"),
+        ("misa_boolq", "boolq_test", {"instruction": "?", "answer": "True"}, r"is 'True', allowed is true\|false"),
+        ("misa_aqua", "aqua_test", {"instruction": "?", "answer": ["a"]}, r"is 'a', allowed is \[A-E\]"),
+        ("misa_arc_easy", "arc_easy_test", choices("C"), r"is 'C', allowed is .*answer\[1-5\]"),
+        ("misa_arc_easy", "arc_easy_test", choices("3"), "is '3', allowed is"),
+        (
+            "misa_arc_easy",
+            "arc_easy_test",
+            choices("answer5"),
+            "is 'answer5', the instruction allows answer1/.*answer4",
+        ),
+        (
+            "arc_easy",
+            "arc_easy_test",
+            choices("answer5"),
+            "is 'answer5', allowed is answer1, answer2, answer3, answer4",
+        ),
+        ("arc_easy", "arc_easy_test", choices("answer0"), "is 'answer0', allowed is answer1, answer2"),
+        ("arc_easy", "arc_easy_test", {"instruction": "?", "answer": "answer1"}, "no question with Answer1"),
+        ("misa_arc_easy", "arc_easy_test", choices("answer1", input=5), "field 'input' must be text, found 5"),
+        (
+            "misa_family",
+            "test",
+            {"instruction": "?", "output": "x", "answer": 5},
+            "field 'answer' is 5, allowed is text",
+        ),
+        ("misa_family", "test", {"instruction": "?", "output": ""}, "field 'output' is '', allowed is text"),
+    ],
+)
+def test_answer_that_cannot_be_scored_is_named_before_anything_is(
+    tmp_path: Path, task: str, file: str, record: dict, message: str
+) -> None:
+    lines = [json.dumps(SOUND.get(task, choices("answer4"))), json.dumps(record)]
+    (tmp_path / f"{file}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"{file}\.jsonl, line 2: .*{message}"):
+        data_files([task], str(tmp_path))
+    (tmp_path / f"{file}.jsonl").write_text(lines[0])
+    assert data_files([task], str(tmp_path))
+
+
+def test_validation_text_without_a_byte_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(ValueError, match=r"validation\.jsonl has no text in any record"):
+        data_files(["perplexity"], str(tmp_path))
+
+
 def test_prompt_is_that_of_training() -> None:
     from misa.data.instruction import format_prompt
 
