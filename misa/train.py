@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,8 @@ from misa.models import LoadingOptions
 from misa.training.command import run_from_words
 from misa.training.options import MemoryOptions, MethodOptions, RunOptions
 from misa.training.published import TASKS, translate_train
+
+logger = logging.getLogger(__name__)
 
 PROG = "misa.train"
 USAGE = "python -m misa.train --model_name_or_path MODEL --dataset_path DATA --method METHOD --output_dir DIR [options]"
@@ -114,7 +117,7 @@ def make_job(
         ValueError: If a file is missing or malformed, or a setting is out of range.
     """
     from misa.data.instruction import InstructionCollator, InstructionDataset
-    from misa.data.sources import find_instructions
+    from misa.data.sources import find_instructions, question_of
     from misa.data.tokens import default_folder
     from misa.models import load_model, load_tokenizer, resolve_dtype
     from misa.training.identity import source_digest
@@ -134,7 +137,19 @@ def make_job(
             f"take them from{left}"
         )
     if not apart:
-        records = records[finetune.validation_samples :]
+        rest, asked = records[finetune.validation_samples :], {question_of(record) for record in held_out}
+        records = [record for record in rest if question_of(record) not in asked]
+        if not records:
+            raise ValueError(
+                f"validation_samples is {finetune.validation_samples}, and the other {len(rest)} records ask the same, "
+                "so that none is left to train on"
+            )
+        if len(records) < len(rest):
+            logger.warning(
+                "left out %d of %d records to train on: they ask what a held-out one asks",
+                len(rest) - len(records),
+                len(rest),
+            )
     weights = run.model_source(finetune.model_name_or_path)
     sources = (finetune.model_name_or_path, finetune.tokenizer_name_or_path, weights)
     memory = memory or MemoryOptions()

@@ -126,6 +126,27 @@ def test_few_malformed_records_are_left_out_if_allowed(
     assert outcome(tmp_path / "run") == outcome(tmp_path / "clean")
 
 
+def test_held_out_questions_are_not_trained_on(
+    finetune: Callable[..., int],
+    small: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    records = read_records(small / "instructions" / "train.jsonl", ["output"])
+    other = {**records[1], "input": "of another kind"}
+    write_records(tmp_path / "whole" / "train.jsonl", [*records, other])
+    write_records(tmp_path / "doubled" / "train.jsonl", [*records, {**records[0], "output": "no"}, other, records[3]])
+    assert finetune("whole", dataset_path=tmp_path / "whole") == 0
+    assert "left out" not in caplog.text
+    assert finetune("doubled", dataset_path=tmp_path / "doubled") == 0
+    assert "left out 2 of 23 records to train on" in caplog.text
+    assert outcome(tmp_path / "doubled") == outcome(tmp_path / "whole")
+    write_records(tmp_path / "same" / "train.jsonl", [records[0]] * 8)
+    assert finetune("same", dataset_path=tmp_path / "same") == 2
+    assert "the other 4 records ask the same" in capsys.readouterr().err
+
+
 def test_missing_hub_set_ends_with_one_line(finetune: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune("run", dataset_path="vicgalle/alpaca-gpt4") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
