@@ -251,7 +251,8 @@ def token_stream(digest: str, read: Callable[[], Sequence[str]], tokenizer: Any,
         if kept.is_file():
             try:
                 return np.load(kept, mmap_mode="r")
-            except ValueError:
+            # Of an empty file numpy says EOFError.
+            except (ValueError, EOFError):
                 logger.warning("%s is damaged; tokenizing again", kept)
     tokens = np.fromiter(_token_ids(read(), tokenizer), dtype=np.int32)
     if kept is not None:

@@ -144,8 +144,9 @@ def test_tokens_are_kept_and_used_only_for_the_same_text(tmp_path: Path, tokeniz
     stamp = cache.stat().st_mtime_ns
     assert np.array_equal(load_blocks(tmp_path, "train", tokenizer, 16).input_ids, first.input_ids)
     assert cache.stat().st_mtime_ns == stamp
-    cache.write_bytes(cache.read_bytes()[:40])
-    assert np.array_equal(load_blocks(tmp_path, "train", tokenizer, 16).input_ids, first.input_ids)
+    for size in (40, 0):
+        cache.write_bytes(cache.read_bytes()[:size])
+        assert np.array_equal(load_blocks(tmp_path, "train", tokenizer, 16).input_ids, first.input_ids)
     write_records(tmp_path / "train.jsonl", [{"text": "other text " * 50}])
     assert not np.array_equal(load_blocks(tmp_path, "train", tokenizer, 16).input_ids, first.input_ids)
     write_records(tmp_path / "train.jsonl", [{"text": "few"}])
