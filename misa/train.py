@@ -117,6 +117,7 @@ def make_job(
         ValueError: If a file is missing or malformed, or a setting is out of range.
     """
     from misa.data.instruction import InstructionCollator, InstructionDataset
+    from misa.data.packing import require_apart
     from misa.data.sources import find_instructions, question_of
     from misa.data.tokens import default_folder
     from misa.models import load_model, load_tokenizer, resolve_dtype
@@ -164,6 +165,8 @@ def make_job(
             own = replace(loading, revision=None, gguf_file=None)
             tokenizer = load_tokenizer(finetune.tokenizer_name_or_path, own)
         model = load_model(weights, settings["dtype"], loading)
+        if finetune.packing:
+            require_apart(model)
 
         def dataset(records: Any) -> InstructionDataset:
             return InstructionDataset(

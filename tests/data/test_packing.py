@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from misa.data.instruction import IGNORED, InstructionCollator, InstructionDataset, encode
-from misa.data.packing import NUM_OPEN, pack
+from misa.data.packing import NUM_OPEN, pack, require_apart
 
 RECORDS = [
     {"instruction": f"Write the word {word} {count} times.", "input": "", "output": f"{word} " * count}
@@ -61,6 +61,33 @@ def test_packed_records_do_not_see_each_other(model: Any, tokenizer: Any, train_
     # The borders carry this: without positions the records would see each other.
     del batch["position_ids"]
     assert loss_and_gradients(model, [batch], num_labels)[0] != pytest.approx(expected[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_model_that_keeps_records_apart_may_pack(model: Any, dtype: str) -> None:
+    model.to(getattr(torch, dtype)).train()
+    require_apart(model)
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "mpt", "falcon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_model_that_does_not_keep_records_apart_may_not_pack(name: str, dtype: str) -> None:
+    """Models with masks of their own, some with positions of their own."""
+    from transformers import AutoConfig
+
+    from misa.models import build_model
+
+    sizes = {
+        "opt": {"hidden_size": 32, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 2, "init_std": 0.3},
+        "bloom": {"hidden_size": 32, "n_head": 2, "initializer_range": 0.3},
+        "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2, "initializer_range": 0.3},
+        "falcon": {"hidden_size": 32, "num_attention_heads": 2, "alibi": True, "initializer_range": 0.3},
+    }
+    layers = {} if name == "mpt" else {"num_hidden_layers": 2}
+    model = build_model(AutoConfig.for_model(name, vocab_size=64, **layers, **sizes[name]), seed=0, dtype=dtype)
+    with pytest.raises(ValueError, match=f"packing is True, but a model of type {name} does not keep packed records"):
+        require_apart(model)
 
 
 def test_padding_to_max_length_changes_no_loss(model: Any, tokenizer: Any) -> None:
