@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import psutil
@@ -30,8 +31,9 @@ class Model(HFLM):
     """A loaded causal LM for the harness.
 
     What differs from `HFLM`: nothing is looked up on a hub; the windows of many documents are scored in one pass,
-    sorted by length, where `HFLM` draws a progress bar for each document; beams are searched by `beam_search`; and
-    `auto` takes a batch size that fits without trying.
+    sorted by length, where `HFLM` draws a progress bar for each document; beams are searched by `beam_search`; `auto`
+    takes a batch size that fits without trying; and a tokenizer that closes every text with the end token does not
+    close prompts, as in training.
 
     Attributes:
         auto_batch_size: Choose the batch size anew for each set of prompts.
@@ -89,6 +91,25 @@ class Model(HFLM):
             self.batch_size_per_gpu = documents_that_fit(self.model, (longest + num_new) * beams, self.device)
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
+    @cached_property
+    def _closes_texts(self) -> bool:
+        """Whether the tokenizer by itself puts the end token behind a text."""
+        end = self.tokenizer.eos_token_id
+        return end is not None and self.tokenizer("a")["input_ids"][-1:] == [end]
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Encode a text, without an end token that the tokenizer puts behind it."""
+        tokens: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        if self._closes_texts and add_special_tokens is not False and tokens[-1:] == [self.tokenizer.eos_token_id]:
+            return tokens[:-1]
+        return tokens
+
     def tok_batch_encode(
         self,
         strings: list[str],
@@ -97,8 +118,13 @@ class Model(HFLM):
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode prompts, cut on the left to `max_prompt_length`, and pad them to one length."""
-        limits = [limit for limit in (left_truncate_len, self.max_prompt_length) if limit is not None]
-        return super().tok_batch_encode(strings, padding_side, min(limits, default=None), truncation)
+        # An end token that is dropped afterwards takes no room.
+        extra = int(self._closes_texts)
+        limits = [limit + extra for limit in (left_truncate_len, self.max_prompt_length) if limit is not None]
+        tokens, mask = super().tok_batch_encode(strings, padding_side, min(limits, default=None), truncation)
+        if extra and padding_side == "left" and bool((tokens[:, -1] == self.tokenizer.eos_token_id).all()):
+            return tokens[:, :-1], mask[:, :-1]
+        return tokens, mask
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
