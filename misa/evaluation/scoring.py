@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa.data import formats
 from misa.data.instruction import read_instructions
 from misa.data.records import Record, numbered_records, read_records, require_split, sound_records
 from misa.evaluation.standard import OF_BENCHMARK, STANDARD_TASKS, files_of, local_config, task_folder
@@ -98,6 +99,9 @@ def task_digest(task: str) -> str:
     else:
         shared = ("documents",) if task in SPLITS else ("_math", "_commonsense", "benchmarks", "answers", "hub")
         paths = [path for path in sorted(TASK_FOLDER.iterdir()) if path.stem in (task, *shared) and path.is_file()]
+        if task not in SPLITS:
+            # Its converters word the questions of the hub.
+            paths.append(Path(formats.__file__))
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()

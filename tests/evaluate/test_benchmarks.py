@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from misa.data.formats import format_of
-from misa.evaluation.scoring import data_files, expand, group_tasks
+from misa.evaluation.scoring import data_files, expand, group_tasks, task_digest
 from misa.evaluation.standard import STANDARD_TASKS, choice_row, files_of, local_config, number_row, task_folder
 from misa.tasks.benchmarks import BENCHMARKS, find_test, load, prompt, read_test
 from misa.tasks.hub import SOURCES, fetch_test
@@ -222,6 +222,18 @@ def test_hub_rows_become_the_words_of_training(
     records = fetch_test(dataset)
     assert records == [{"instruction": instruction, "input": "", "answer": answer}] * len(SOURCES[dataset].splits)
     assert records[0]["instruction"] == format_of(row).convert(row)["instruction"]
+
+
+def test_task_is_another_one_where_questions_are_worded_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from misa.data import formats
+
+    tasks = ("misa_boolq", "misa_family", "boolq")
+    before = [task_digest(task) for task in tasks]
+    (tmp_path / "formats.py").write_text("other words")
+    monkeypatch.setattr(formats, "__file__", str(tmp_path / "formats.py"))
+    assert [task_digest(task) == digest for task, digest in zip(tasks, before, strict=True)] == [False, True, True]
 
 
 def test_malformed_row_of_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
