@@ -20,6 +20,9 @@ FINISHED_FOLDER = "finished"
 REQUESTS_FOLDER = "requests"
 BASE_FOLDER = "base"
 
+# Settings in which two evaluations must be the same to be compared.
+COMPARED_SETTINGS = ("max_length", "max_seq_length", "dtype", "seed")
+
 
 def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
     """Score a model on its tasks and write `result.json` and `lm_eval.json`; with a base also `comparison.csv`.
@@ -49,7 +52,7 @@ def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
     if not is_done:
         _require_room(tasks, folder, arguments.max_length)
     # The base first: what is wrong with it should not show after hours of scoring.
-    base_file = _base_file(arguments, tasks, command) if arguments.base else None
+    base_file = _base_file(arguments, config, command) if arguments.base else None
     if is_done:
         print(f"{output}: already evaluated with these settings, nothing to do")
     else:
@@ -77,11 +80,11 @@ def _require_room(tasks: list[str], folder: ModelFolder, max_length: int | None)
         require_room(task, num_generated(task), longest)
 
 
-def _base_file(arguments: EvaluateArguments, tasks: list[str], command: Sequence[str]) -> Path:
+def _base_file(arguments: EvaluateArguments, config: dict[str, Any], command: Sequence[str]) -> Path:
     """Return the harness's results of the model to compare with, scoring it first if it is no finished evaluation."""
     base = Path(str(arguments.base))
     if (base / HARNESS_FILE).is_file():
-        _require_same(base / HARNESS_FILE, tasks, arguments.limit)
+        _require_same(base / HARNESS_FILE, config)
         return base / HARNESS_FILE
     folder = Path(arguments.output_dir) / BASE_FOLDER
     run = f"{arguments.run or Path(arguments.output_dir).resolve().name}-base"
@@ -93,8 +96,11 @@ def _base_file(arguments: EvaluateArguments, tasks: list[str], command: Sequence
     return folder / HARNESS_FILE
 
 
-def _require_same(base_file: Path, tasks: list[str], limit: int | None) -> None:
-    """Check that a finished evaluation has a task to compare, and as many documents as are to be scored."""
+def _require_same(base_file: Path, config: dict[str, Any]) -> None:
+    """Check that a finished evaluation has a task to compare, scored in the same way on as many documents."""
+    from misa.results import read_result
+
+    tasks, limit = config["tasks"], config["limit"]
     try:
         found = json.loads(base_file.read_text(encoding="utf-8"))
         theirs, sizes = list(found["results"]), found["n-samples"]
@@ -109,6 +115,18 @@ def _require_same(base_file: Path, tasks: list[str], limit: int | None) -> None:
                 f"base: {base_file} was not scored on the same prompts: it has {size['effective']} documents of "
                 f"{task}, and with limit {limit} there are {wanted}"
             )
+    try:
+        known = read_result(base_file.parent).config
+    except ValueError as error:
+        raise ValueError(f"base: {error}") from error
+    for name in COMPARED_SETTINGS:
+        if known.get(name) != config[name]:
+            raise ValueError(
+                f"base: {base_file} was scored with {name} {known.get(name)}, and here it is {config[name]}"
+            )
+    for task in tasks:
+        if task in theirs and known.get("task_digests", {}).get(task) != config["task_digests"][task]:
+            raise ValueError(f"base: {base_file} was scored by another version of the task {task}; score it again")
 
 
 def _compare(output: Path, base_file: Path) -> None:

@@ -333,6 +333,28 @@ def test_other_documents_cannot_be_compared(known, words, capsys, tmp_path) -> N
     assert "lm_eval.json holds no results of an evaluation: KeyError('results')" in capsys.readouterr().err
 
 
+def test_evaluation_with_other_settings_cannot_be_compared(words, capsys, tmp_path) -> None:
+    three = tmp_path / "three"
+    assert evaluate.main(words(limit=3, output_dir=three)) == 0
+    for changes, message in (
+        ({"max_seq_length": 40}, "was scored with max_seq_length None, and here it is 40"),
+        ({"max_length": 512}, "was scored with max_length None, and here it is 512"),
+        ({"dtype": "bfloat16"}, "was scored with dtype float32, and here it is bfloat16"),
+        ({"seed": 1}, "was scored with seed 0, and here it is 1"),
+    ):
+        assert evaluate.main(words(base=three, limit=3, **changes)) == 2
+        assert f"error: base: {three / 'lm_eval.json'} {message}" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    result = json.loads((three / "result.json").read_text())
+    result["config"]["task_digests"]["misa_family"] = "0" * 64
+    (three / "result.json").write_text(json.dumps(result))
+    assert evaluate.main(words(base=three, limit=3)) == 2
+    assert "was scored by another version of the task misa_family; score it again" in capsys.readouterr().err
+    (three / "result.json").unlink()
+    assert evaluate.main(words(base=three, limit=3)) == 2
+    assert "error: base: " in capsys.readouterr().err
+
+
 def test_damaged_responses_are_named(words, capsys, tmp_path) -> None:
     assert evaluate.main(words(limit=3)) == 0
     (database,) = (tmp_path / "out" / session.REQUESTS_FOLDER).iterdir()
