@@ -147,6 +147,11 @@ def _checked_tasks(arguments: EvaluateArguments) -> list[str]:
 
     if (arguments.tasks is None) == (arguments.task_name is None):
         raise ValueError("give either tasks or task_name (math, commonsense)")
+    if arguments.task_name is None and arguments.protocol != "paper":
+        raise ValueError(
+            f"protocol is {arguments.protocol}, which goes with task_name; in tasks a name with misa_ is a task of the "
+            "paper's protocol, one without of the harness's"
+        )
     if arguments.task_name is not None:
         tasks = group_tasks(arguments.task_name, arguments.protocol)
     else:

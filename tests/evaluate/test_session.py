@@ -120,7 +120,7 @@ def test_harness_protocol_gives_the_numbers_of_the_stock_harness(known, benchmar
     from misa.evaluation.standard import choice_row, task_folder
     from misa.tasks.benchmarks import read_test
 
-    assert evaluate.main(arguments(tasks="arc_easy,openbookqa", protocol="harness", limit=None)) == 0
+    assert evaluate.main(arguments(tasks="arc_easy,openbookqa", limit=None)) == 0
     ours = json.loads((tmp_path / "out" / "lm_eval.json").read_text())
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(choice_row(r)) + "\n" for r in read_test("arc_easy", benchmarks)))
@@ -412,6 +412,10 @@ def test_task_that_says_late_how_much_it_generates_is_refused_in_words(known) ->
     [
         ({"tasks": None}, "give either tasks or task_name"),
         ({"tasks": "misa_boolq", "task_name": "math"}, "give either tasks or task_name"),
+        (
+            {"protocol": "harness"},
+            "protocol is harness, which goes with task_name; in tasks a name with misa_ is a task",
+        ),
         ({"batch_size": "many"}, "batch_size is many, allowed is 1 or more, or auto"),
         ({"load_type": "fp16", "dtype": "float32"}, "load_type is fp16 and dtype is float32"),
         ({"max_seq_length": 0}, "max_seq_length is 0"),
