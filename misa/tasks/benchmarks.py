@@ -85,7 +85,6 @@ def read_test(
     Args:
         dataset: A key of `BENCHMARKS`.
         data_dir: Local folder, see `find_test`.
-
         check: Called with each record, may raise `ValueError` for one that cannot be scored.
 
     Returns:
