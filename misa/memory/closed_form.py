@@ -1,7 +1,7 @@
 """Peak memory of a training step by formula, beside the tracker's count.
 
 For decoders of the LLaMA kind (RMS norms, rotary positions, grouped queries, gated feed-forward), trained whole, block
-by block, or through LoRA adapters; further norms (Qwen3, Gemma), fused matrices (Phi-3) or experts (Mixtral) would keep
+by block, or through LoRA adapters; further norms (Gemma), fused matrices (Phi-3) or experts (Mixtral) would keep
 more than it says. T are the tokens of the batch, H the hidden size, F the feed-forward size, Q and K
 the widths of queries and keys, N the query heads, V the vocabulary, w the bytes of a weight (2 for bf16). A layer that
 is differentiated keeps:
@@ -14,6 +14,7 @@ w TH for each trained norm  the normalized input, for the gradient of its weight
 w TH                        the norm's output, if a matrix that reads it trains; q, k, v share one, gate and
                             up another
 w T (2Q + 2K) + 4TN         queries, keys, values and output of the fused attention, and fp32 sums of each head
+4T (Q + K) + 4T (N + M)     Qwen3's norms of queries and keys, as each norm; M are the key heads
 3 w TF                      gate, up, and the activated gate
 w TF                        the product of the two, if down trains
 ==========================  ==========================================================================
@@ -53,7 +54,7 @@ _METHODS = ("adamw", "badam", "badam_official", "lisa", "lisa_official")
 _METHODS += ("misa", "misa_uniform", "misa_official", "lora")
 # Options by which a step holds something else than AdamW's does, as that of `misa_paper`.
 _OTHER_STEPS = {("variant", "paper"), ("inner", "sgd")}
-_MODEL_TYPES = ("llama", "mistral", "qwen2")
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -111,8 +112,10 @@ class ClosedForm:
         self.tied = config.tie_word_embeddings
         self.drops = s.options.get("lora_dropout", 0.0) > 0
         has_bias = config.model_type == "qwen2"
+        self.key_heads, self.norms_heads = config.num_key_value_heads, config.model_type == "qwen3"
         hidden, queries, keys, inner = self.hidden, self.queries, self.keys, self.inner
         matrices = hidden * (2 * queries + 2 * keys + 3 * inner) + (queries + 2 * keys if has_bias else 0)
+        matrices += 2 * head * self.norms_heads
         ends = self.vocabulary * hidden * (1 if self.tied else 2) + hidden
         self.num_params = self.layers * (matrices + 2 * hidden) + ends
         self.widths = dict.fromkeys(_MATRICES, (hidden, inner)) | {
@@ -228,6 +231,7 @@ class ClosedForm:
         out = w * tokens * self.queries
         if flows:
             kept += w * tokens * (self.queries + 2 * self.keys) + out + 4 * tokens * self.heads
+            kept += self._head_norm_bytes(trains)
         elif "o_proj" in trains and adapter_bytes is None:
             kept += out
         flows = flows or "o_proj" in trains
@@ -244,6 +248,15 @@ class ClosedForm:
         if adapter_bytes is not None:
             kept += self._adapter_bytes(trains, adapter_bytes)
         return kept
+
+    def _head_norm_bytes(self, trained: set[str]) -> int:
+        """What the norms of queries and of keys keep, if there are any."""
+        kept = 0
+        for name, width, heads in (("q_norm", self.queries, self.heads), ("k_norm", self.keys, self.key_heads)):
+            if self.norms_heads:
+                lean = self.scenario.lean_activations
+                kept += self.bytes * width if lean else 4 * (width + heads) + self.bytes * width * (name in trained)
+        return self.tokens * kept
 
     def _adapter_bytes(self, trained: set[str], width: int) -> int:
         """Copies of inputs in the adapters' precision, dropped inputs and their masks, and products of rank r."""

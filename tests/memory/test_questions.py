@@ -135,7 +135,7 @@ def test_lever_of_all_layers_replaces_the_layers_given(small, capsys):
     assert "--loss chunked --checkpointing instead of --checkpoint_layers" in changes
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "mixtral"])
 @pytest.mark.parametrize("method", ["adamw", "badam", "misa"])
 def test_models_that_the_formula_does_not_cover_are_measured_without_it(method, kind, write, capsys):
     words = ["--model", write(model_type=kind), "--method", method, "--seq-len", "64"]
@@ -152,7 +152,7 @@ def test_models_that_the_formula_does_not_cover_are_measured_without_it(method, 
 
 
 def test_models_that_the_formula_does_not_cover_are_compared_and_filled_by_the_draw_at_hand(write, tmp_path, capsys):
-    words = ["--model", write(model_type="qwen3"), "--seq-len", "64", "--variants", "adamw,misa-25", "--output_dir"]
+    words = ["--model", write(model_type="mixtral"), "--seq-len", "64", "--variants", "adamw,misa-25", "--output_dir"]
     assert main([*words, str(tmp_path), "--compare"]) == 0
     assert "a draw at hand, others may take more (no closed form for this model): MISA 25%" in capsys.readouterr().out
     assert main([*words[:-1], "--fit", "40MiB", "--json"]) == 0
@@ -161,7 +161,8 @@ def test_models_that_the_formula_does_not_cover_are_compared_and_filled_by_the_d
     assert budget["largest_budget"] is None
     assert main([*words[:4], "--memory_budget", "1GiB"]) == 2
     assert (
-        "memory_budget: chooses by the closed form; no closed form for method misa on qwen3" in capsys.readouterr().err
+        "memory_budget: chooses by the closed form; no closed form for method misa on mixtral"
+        in capsys.readouterr().err
     )
 
 

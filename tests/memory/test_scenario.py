@@ -1,12 +1,13 @@
 """Fake tensors against real ones, the closed form against the tracker, and the goal at full size."""
 
+import json
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Qwen3Config
+from transformers import GPT2Config, LlamaConfig, MixtralConfig
 
 from misa.memory.closed_form import ClosedForm, trained_parameters
 from misa.memory.draws import Draws
@@ -94,6 +95,21 @@ def test_closed_form_is_within_three_per_cent_of_the_tracker(fields):
                 assert estimate == pytest.approx(measured, rel=0.03), setting
 
 
+@pytest.mark.parametrize("method", ["adamw", "badam", "lora"])
+def test_closed_form_knows_the_norms_of_queries_and_keys(method, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}
+    shape = {"model_type": "qwen3", "vocab_size": 4000, "num_hidden_layers": 4, "head_dim": 64, **sizes}
+    path = tmp_path / "qwen3.json"
+    path.write_text(json.dumps(shape))
+    laboratory = Laboratory(Scenario(str(path), method, batch_size=2, seq_len=1024))
+    for checkpointing in (0, ALL_LAYERS):
+        measured = laboratory.measure(checkpointing=checkpointing).peak.total_bytes
+        form = ClosedForm(laboratory.config, replace(laboratory.scenario, checkpointing=checkpointing))
+        assert form.num_params == laboratory.num_params
+        estimate = form.estimate(trained_parameters(laboratory.model)).peak_bytes
+        assert estimate == pytest.approx(measured, rel=0.005)
+
+
 def test_closed_form_knows_the_size_of_every_model():
     sizes = {"llama3-8b": 8_030_261_248, "llama2-7b": 6_738_415_616, "mistral-7b": 7_241_732_096}
     sizes |= {"qwen2.5-7b": 7_615_616_512, "tinyllama-1.1b": 1_100_048_384, "llama2-70b": 68_976_648_192}
@@ -108,7 +124,7 @@ def test_closed_form_knows_the_size_of_every_model():
     ("config", "fields", "what"),
     [
         (GPT2Config(), {}, "misa on gpt2 models; it covers adamw"),
-        (Qwen3Config(), {"method": "badam"}, "badam on qwen3 models"),
+        (MixtralConfig(), {"method": "badam"}, "badam on mixtral models"),
         (LlamaConfig(), {"method": "misa_paper"}, "misa_paper on llama models"),
         (LlamaConfig(), {"options": {"variant": "paper"}}, "misa variant=paper on llama models"),
     ],
