@@ -135,7 +135,7 @@ def test_lever_of_all_layers_replaces_the_layers_given(small, capsys):
     assert "--loss chunked --checkpointing instead of --checkpoint_layers" in changes
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mixtral"])
 @pytest.mark.parametrize("method", ["adamw", "badam", "misa"])
 def test_models_that_the_formula_does_not_cover_are_measured_without_it(method, kind, write, capsys):
     words = ["--model", write(model_type=kind), "--method", method, "--seq-len", "64"]
