@@ -86,6 +86,11 @@ def test_levers_alone_change_no_number(finetune: Callable[..., int], tmp_path: P
         ({"memory_budget": "1GiB"}, ("--bf16",), "memory_budget: cannot predict autocast (bf16)"),
         ({"memory_budget": "1GiB", "max_length": 4096}, (), "seq_len is 4096; model allows at most 2048"),
         ({"checkpoint_layers": -1}, (), "checkpoint_layers is -1, allowed is 0 or more"),
+        (
+            {"checkpoint_layers": 1},
+            ("--activation_checkpointing",),
+            "checkpoint_layers is 1, and gradient_checkpointing",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(
