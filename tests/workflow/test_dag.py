@@ -277,7 +277,7 @@ def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> No
     from misa.methods import METHODS
     from misa.pretrain import PretrainOptions
     from misa.train import FinetuneOptions
-    from misa.training.options import CommonTrainingOptions, MethodOptions, RunOptions, parse
+    from misa.training.options import CommonTrainingOptions, MemoryOptions, MethodOptions, RunOptions, parse
 
     folder = repository / ("tests/workflow" if scale == "tiny" else "workflows/config")
     config = yaml.safe_load((folder / f"{scale}.yaml").read_text())
@@ -287,7 +287,7 @@ def test_arguments_are_those_of_the_commands(repository: Path, scale: str) -> No
         mix = config["mixes"].get(row.get("data"), {}).get("train", "")
         words = shlex.split(f"{config[row['kind']]['args']} {mix} {row['args']}")
         _, _, method, *_ = parse(
-            (RunOptions, own, MethodOptions, CommonTrainingOptions),
+            (RunOptions, own, MethodOptions, MemoryOptions, CommonTrainingOptions),
             # bf16 is refused where there is no GPU, unless the CPU is asked for.
             [*paths[row["kind"]], "--dataset_path", "d", "--output_dir", "o", *words, "--use_cpu", "true"],
             prog="",
