@@ -50,8 +50,10 @@ _WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
 _ROUNDING_BYTES = {2: {"fp32": 24, "bf16": 32, "8bit": 50}, 4: {"fp32": 0, "bf16": 18, "8bit": 32}}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
-_METHODS = ("adamw", "badam", "badam_official", "lisa", "lisa_official")
-_METHODS += ("misa", "misa_uniform", "misa_official", "lora")
+_METHODS = (
+    *("adamw", "lora", "badam", "badam_official", "lisa", "lisa_official"),
+    *("misa", "misa_uniform", "misa_official"),
+)
 # Options by which a step holds something else than AdamW's does, as that of `misa_paper`.
 _OTHER_STEPS = {("variant", "paper"), ("inner", "sgd")}
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -251,12 +253,12 @@ class ClosedForm:
 
     def _head_norm_bytes(self, trained: set[str]) -> int:
         """What the norms of queries and of keys keep, if there are any."""
-        kept = 0
-        for name, width, heads in (("q_norm", self.queries, self.heads), ("k_norm", self.keys, self.key_heads)):
-            if self.norms_heads:
-                lean = self.scenario.lean_activations
-                kept += self.bytes * width if lean else 4 * (width + heads) + self.bytes * width * (name in trained)
-        return self.tokens * kept
+        if not self.norms_heads:
+            return 0
+        if self.scenario.lean_activations:
+            return self.tokens * self.bytes * (self.queries + self.keys)
+        normalized = self.queries * ("q_norm" in trained) + self.keys * ("k_norm" in trained)
+        return self.tokens * (4 * (self.queries + self.keys + self.heads + self.key_heads) + self.bytes * normalized)
 
     def _adapter_bytes(self, trained: set[str], width: int) -> int:
         """Copies of inputs in the adapters' precision, dropped inputs and their masks, and products of rank r."""

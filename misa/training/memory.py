@@ -107,11 +107,6 @@ def apply_levers(job: Any, model: Any) -> Plan | None:
     Raises:
         ValueError: As `plan_run`, and for a model that cannot have what is asked for.
     """
-    if job.memory.checkpoint_layers is not None and job.training.gradient_checkpointing:
-        raise ValueError(
-            f"checkpoint_layers is {job.memory.checkpoint_layers}, and gradient_checkpointing, also called "
-            "activation_checkpointing, means all layers; give one of them"
-        )
     chosen = plan_run(job, model.config) if job.memory.memory_budget is not None else None
     loss = job.settings.get("loss") if chosen is None else chosen.scenario.loss
     lean = job.memory.lean_activations if chosen is None else chosen.scenario.lean_activations

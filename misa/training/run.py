@@ -93,6 +93,14 @@ class Job:
     evaluation: Sequence[str] | None = None
     memory: MemoryOptions = field(default_factory=MemoryOptions)
 
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other, before a model is loaded."""
+        if self.memory.checkpoint_layers is not None and self.training.gradient_checkpointing:
+            raise ValueError(
+                f"checkpoint_layers is {self.memory.checkpoint_layers}, and gradient_checkpointing, also called "
+                "activation_checkpointing, means all layers; give one of them"
+            )
+
     def config(self) -> dict[str, Any]:
         """Return every setting, resolved, in types that JSON keeps."""
         training = {name: value for name, value in self.training.to_dict().items() if matters(name)}

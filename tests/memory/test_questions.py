@@ -126,6 +126,8 @@ def test_levers_named_lower_the_peak_named(options, write, capsys):
         main([*words, *lever["change"].split()])
         saved = before["peak_bytes"] - json.loads(capsys.readouterr().out)["peak_bytes"]
         assert saved == pytest.approx(lever["saves_bytes"], abs=0.03 * before["peak_bytes"]), lever["change"]
+        if lever is before["would_lower"][0]:
+            assert saved == pytest.approx(lever["saves_bytes"], rel=0.1)
 
 
 def test_lever_of_all_layers_replaces_the_layers_given(small, capsys):
