@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Number = Tensor | float
 Numbers = Tensor | list[float]
 
+MOST_UNREAD = 1024  # steps whose norms may wait on a device: a round has fewer, as a rule
+NUM_FLAGS = 64  # made at a time, by one kernel
 LARGE_NUMEL = 1 << 19  # gradients worth a second thread: waking it takes as long as reading so many on the first
 TINY = 1e-300
 
@@ -47,7 +49,9 @@ def gradient_norm(grad: Tensor) -> Number:
 
 
 class NormSums:
-    """Sums over a round of the gradient norms of its blocks.
+    """Sums over a round of the gradient norms of its blocks, of the steps whose gradients were finite.
+
+    Norms on a device wait there, unread, until someone asks for the sums, or for `MOST_UNREAD` steps.
 
     Args:
         blocks: Indices of the blocks, in the order in which their gradients are handed over; gradients of no block
@@ -58,14 +62,16 @@ class NormSums:
     def __init__(self, blocks: tuple[int, ...], squared: bool) -> None:
         self._blocks = blocks
         self._squared = squared
-        self._sums: Numbers = []  # one for each block, and last of no block
-        self._num_good: Tensor | int = 0
-        self._zero: Tensor | None = None
+        self._sums: list[float] = []  # one for each block, and last of no block
+        self._num_good = 0
+        self._unread: list[tuple[Tensor, Tensor]] = []  # norms of a step, and the flag that says not to count it
+        self._zero_and_one: tuple[Tensor, Tensor] | None = None  # where the norms are
+        self._flags: list[Tensor] = []  # zeros for `not_finite`, made many at a time
         self._lengths: Tensor | None = None
         self._num_lengths = 0  # gradients that `_lengths` is made for
 
-    def squares(self, blocks: Sequence[int], norms: Sequence[Number]) -> Numbers:
-        """Squared norm of every block's gradients, and last of those of no block.
+    def of_blocks(self, blocks: Sequence[int], norms: Sequence[Number]) -> Numbers:
+        """Norm of every block's gradients, and last of those of no block.
 
         Args:
             blocks: The block of every gradient.
@@ -76,12 +82,10 @@ class NormSums:
         if device is None:
             for block, norm in zip(blocks, norms, strict=True):
                 counts[block] += float(norm) * float(norm)
-            return list(counts.values())
-        if self._zero is None:
-            self._zero = torch.zeros((), device=device)
+            return [x**0.5 for x in counts.values()]
         there = [x.to(device) if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in norms]
         if tuple(blocks) == self._blocks:  # one gradient each, and none of no block: nothing to sum, fewer kernels
-            return torch.stack([*there, self._zero]).square_()
+            return torch.stack([*there, self._constants(device)[0]])
         if self._lengths is None or self._num_lengths != len(norms):
             for block in blocks:
                 counts[block] += 1
@@ -89,29 +93,59 @@ class NormSums:
             self._num_lengths = len(norms)
         # Sums one after the other: scattered ones have no fixed order on a GPU.
         squares = torch.stack(there).square_()
-        return torch.segment_reduce(squares, "sum", lengths=self._lengths, unsafe=True)
+        return torch.segment_reduce(squares, "sum", lengths=self._lengths, unsafe=True).sqrt_()
 
-    def add(self, squares: Numbers, good: Tensor | bool) -> None:
-        """Add a step's squared norms, as `squares` returns them, if the step was taken."""
-        if isinstance(squares, Tensor):
-            row = squares if self._squared else squares.sqrt()
-            if not isinstance(self._sums, Tensor):  # zeros are made there: a copy of numbers would wait for the device
-                self._sums = torch.tensor(self._sums, device=row.device) if self._sums else torch.zeros_like(row)
-            self._sums = torch.where(torch.as_tensor(good), self._sums + row, self._sums)
-        elif good:
-            row = squares if self._squared else [x**0.5 for x in squares]
-            self._sums = [a + b for a, b in zip(self._sums, row, strict=True)] if self._sums else row
-        self._num_good = self._num_good + good
+    def not_finite(self, norms: Numbers, overflow: Tensor | None = None) -> Tensor | bool:
+        """Whether one is not finite, or a `GradScaler` found an overflow.
+
+        Of norms on a device the answer stays there, as what torch's kernels call `found_inf`: 1.0 for yes, or 0.0.
+        """
+        if isinstance(norms, list):
+            return not math.isfinite(sum(norms)) or bool(overflow)
+        if not self._flags:
+            self._flags = [*torch.zeros(NUM_FLAGS, device=norms.device).unbind()]
+        found = self._flags.pop()
+        one = self._constants(norms.device)[1]
+        torch._amp_foreach_non_finite_check_and_unscale_([norms], found, one)  # a single kernel
+        return found if overflow is None else torch.maximum(found, overflow.to(found.device, found.dtype).reshape(()))
+
+    def add(self, norms: Numbers, bad: Tensor | bool) -> None:
+        """Add a step's norms, as `of_blocks` returns them, unless they are `bad` in the sense of `not_finite`."""
+        if isinstance(norms, Tensor):
+            self._unread.append((norms, torch.as_tensor(bad, dtype=torch.float32)))
+            if len(self._unread) == MOST_UNREAD:
+                self._read()
+        elif not bad:
+            self._read()
+            self._count(norms)
 
     def read(self) -> tuple[list[float], int]:
         """The sums so far, one for each block, empty before the first good step, and how many steps entered them."""
-        num_good = int(self._num_good)
-        sums = self._sums.tolist() if isinstance(self._sums, Tensor) else self._sums
-        return sums[: len(self._blocks)] if num_good else [], num_good
+        self._read()
+        return self._sums[: len(self._blocks)], self._num_good
 
     def write(self, sums: list[float], num_good: int) -> None:
         """Continue with what was read."""
-        self._sums, self._num_good = [*sums, 0.0] if sums else [], num_good
+        self._sums, self._num_good, self._unread = [*sums, 0.0] if sums else [], num_good, []
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._zero_and_one is None:
+            self._zero_and_one = torch.zeros((), device=device), torch.ones((), device=device)
+        return self._zero_and_one
+
+    def _count(self, norms: list[float]) -> None:
+        row = [x * x for x in norms] if self._squared else norms
+        self._sums = [a + b for a, b in zip(self._sums, row, strict=True)] if self._sums else row
+        self._num_good += 1
+
+    def _read(self) -> None:
+        """Add what waits on a device, step by step, so that it does not matter when it is read."""
+        if self._unread:
+            norms, flags = map(torch.stack, zip(*self._unread, strict=True))
+            self._unread = []
+            for *row, bad in torch.cat([norms, flags.to(norms.device).unsqueeze(1)], dim=1).tolist():
+                if not bad:
+                    self._count(row)
 
 
 class Probe:
@@ -142,14 +176,14 @@ class Probe:
         """The blocks that are watched."""
         return list(self._norms)
 
-    def squares(self, unscale: Number) -> dict[int, float]:
-        """Squared norm of every watched block that got a gradient, times the square of `unscale`."""
+    def norms(self, unscale: Number) -> dict[int, float]:
+        """Norm of every watched block that got a gradient, times `unscale`."""
         of_block = [i for i, norms in self._norms.items() for _ in norms]
         *values, factor = read([*(norm for norms in self._norms.values() for norm in norms), unscale])
         squares = dict.fromkeys(of_block, 0.0)
         for i, norm in zip(of_block, values, strict=True):
             squares[i] += (norm * factor) ** 2
-        return dict(zip(squares, self._workers.total(list(squares.values())), strict=True))
+        return dict(zip(squares, self._workers.norms([x**0.5 for x in squares.values()]), strict=True))
 
     def forget(self) -> None:
         """Forget what was measured, and go on."""
@@ -161,14 +195,6 @@ class Probe:
         for handle in self._handles:
             handle.remove()
         self._norms, self._handles = {}, []
-
-
-def all_finite(squares: Numbers, overflow: Tensor | None = None) -> Tensor | bool:
-    """Whether all are finite and a `GradScaler` found no overflow; for numbers on a GPU the answer stays there."""
-    if isinstance(squares, list):
-        return math.isfinite(sum(squares)) and not overflow
-    good = squares.sum() < math.inf  # of squares; fewer kernels than `isfinite`
-    return good if overflow is None else good & (overflow.to(good.device) == 0)
 
 
 def each(function: Callable[[Any], Any], numbers: Numbers) -> Numbers:

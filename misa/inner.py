@@ -125,11 +125,11 @@ class FusedAdamW:
         self._memory: list[int] = []  # of the weights that the plan was made for, which it keeps alive
 
     @torch.no_grad()
-    def update(self, good: Tensor | bool = True, grad_scale: Tensor | None = None) -> None:
+    def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient.
 
         Args:
-            good: Whether to take it, True or a boolean that lies on a device; otherwise nothing changes.
+            found_inf: fp32, on a device: 1.0 if nothing is to change, else 0.0. None: the step is taken.
             grad_scale: What the gradients are to be divided by, or None.
         """
         memory = [memory_of(w) for w in self._sources]
@@ -140,10 +140,11 @@ class FusedAdamW:
         else:
             plan = self._plan
         for counters in plan.counters:
-            counters.add_(1.0 if good is True else torch.as_tensor(good).to(counters.device))
+            counters.add_(1.0)
+            if found_inf is not None:
+                counters.sub_(found_inf.to(counters.device))
         for room in plan.rooms:
             room.untyped_storage().resize_(room.numel() * room.element_size())
-        found_inf = skip_flag(good)
         for batch in plan.batches:
             batch.step(found_inf, grad_scale)
         plan.free_rooms()
@@ -281,14 +282,6 @@ class _Batch:
             torch._foreach_copy_(self.weights, self.targets)
 
 
-def skip_flag(good: Tensor | bool) -> Tensor | None:
-    """What the fused kernel calls `found_inf`: 1.0 where a step must change nothing, else 0.0; None for True."""
-    if good is True:
-        return None
-    good = torch.as_tensor(good)
-    return torch.logical_not(good, out=torch.empty((), dtype=torch.float32, device=good.device))
-
-
 def _length(p: Tensor, part: slice | None) -> int:
     return p.numel() if part is None else part.stop - part.start
 
@@ -339,7 +332,7 @@ class BoundedAdam(torch.optim.Optimizer):
         self._momentum_step = momentum_step
 
     @torch.no_grad()
-    def update(self, good: Tensor | bool = True, grad_scale: Tensor | None = None) -> None:
+    def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient; arguments as for `FusedAdamW.update`."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -357,7 +350,7 @@ class BoundedAdam(torch.optim.Optimizer):
                 new_v = torch.addcmul(v * beta2, grad, grad, value=1 - beta2)
                 bounded = torch.maximum(new_v, state["bound"])
                 change = group["lr"] * new_m / (bounded + group["eps"]).sqrt() + group["lr"] * group["weight_decay"] * p
-                taken = torch.as_tensor(good).to(p.device)
+                taken = torch.as_tensor(True if found_inf is None else found_inf == 0).to(p.device)
                 p.sub_(torch.where(taken, change, 0))
                 m.copy_(torch.where(taken, new_m, m))
                 v.copy_(torch.where(taken, new_v, v))

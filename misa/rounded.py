@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from misa.inner import CHUNK_NUMEL, cut, fused_adamw, parts, skip_flag
+from misa.inner import CHUNK_NUMEL, cut, fused_adamw, parts
 
 OTHER_CHUNK_NUMEL = 1 << 21  # elements updated at a time on an accelerator; a dozen copies of them live for a moment
 BLOCK = 256  # 8-bit moments that share a scale
@@ -45,9 +45,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         self._moments = moments
 
     @torch.no_grad()
-    def update(self, good: Tensor | bool = True, grad_scale: Tensor | None = None) -> None:
+    def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """One step on every tensor that has a gradient; arguments as for `FusedAdamW.update`."""
-        found_inf = skip_flag(good)
         params = (p for group in self.param_groups for p in group["params"] if p.grad is not None)
         for device in dict.fromkeys(p.device for p in params if not p.is_cpu):
             if device not in self._generators:

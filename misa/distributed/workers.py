@@ -16,6 +16,7 @@ from misa.distributed.reduce import Exchange
 from misa.distributed.rows import Rows
 from misa.distributed.sharded import Sharding, is_sharded, settle_types
 from misa.distributed.wrapped import active_wrapper, rest, retire
+from misa.gradients import Numbers, each
 from misa.inner import BoundedAdam
 
 if TYPE_CHECKING:
@@ -125,9 +126,11 @@ class Workers:
         finally:
             self._exchange.held = before
 
-    def total(self, squares: Any) -> Any:
-        """Squared norms of whole gradients, from those of the parts that lie here."""
-        return squares if self._sharding is None else self._sharding.total(squares)
+    def norms(self, norms: Numbers) -> Numbers:
+        """Norms of whole gradients, from those of the parts that lie here."""
+        if self._sharding is None:
+            return norms
+        return each(lambda x: x**0.5, self._sharding.total(each(lambda x: x * x, norms)))
 
     # ---- state: of the part of a weight that lies here -----------------------------------------------------------
 

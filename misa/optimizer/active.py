@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from misa.distributed.workers import Workers
-from misa.gradients import TINY, NormSums, Number, Numbers, all_finite, each
+from misa.gradients import TINY, NormSums, Number, Numbers, each
 from misa.inner import FusedAdamW, make_inner, stamp
 from misa.optimizer.settings import Settings
 from misa.parameters import Entry, moved
@@ -75,28 +75,28 @@ class ActiveSet:
         if self._settings.step_in_backward and overflow is not None:
             raise ValueError("step_in_backward=True: cannot be driven by a GradScaler; use bf16 instead of fp16")
         blocks = [e.block for e in entries]
-        squares = self._squares(blocks, [e.measure() if e.norm is None else e.norm for e in entries])
-        now = squares
+        norms = self._norms(blocks, [e.measure() if e.norm is None else e.norm for e in entries])
+        now = norms
         unscaled = overflow is not None and scale is None  # by the scaler, since the hooks measured
         if unscaled or (not self._settings.step_in_backward and any(e.has_changed_gradient for e in entries)):
-            now = self._squares(blocks, [e.measure() for e in entries])
+            now = self._norms(blocks, [e.measure() for e in entries])
         if unscaled:
-            self.unscale = (sum(now) / (sum(squares) + TINY)) ** 0.5
-            squares = now
+            before, after = (sum(each(lambda x: x * x, numbers)) for numbers in (norms, now))
+            self.unscale = (after / (before + TINY)) ** 0.5
+            norms = now
         elif scale is not None:
-            factor = self.unscale = 1 / (scale.item() if isinstance(squares, list) else scale.to(squares.device))
-            squares = each(lambda x: x * factor * factor, squares)
-        good = all_finite(now, overflow)
+            factor = self.unscale = 1 / (scale.item() if isinstance(norms, list) else scale.to(norms.device))
+            norms = each(lambda x: x * factor, norms)
+        bad = self.norms.not_finite(now, overflow)
         if not self._settings.step_in_backward:
             self.prepare()
-            self._run(self._inners[0], entries, good, scale)
-        self.norms.add(squares, good)
+            self._run(self._inners[0], entries, bad, scale)
+        self.norms.add(norms, bad)
         for e in entries:
             e.norm = None
 
-    def _squares(self, blocks: list[int], norms: list[Number]) -> Numbers:
-        squares: Numbers = self._workers.total(self.norms.squares(blocks, norms))
-        return squares
+    def _norms(self, blocks: list[int], norms: list[Number]) -> Numbers:
+        return self._workers.norms(self.norms.of_blocks(blocks, norms))
 
     def finish(self) -> None:
         """The inner rule's last word at the end of a round, if it has one (Algorithm 1, line 16)."""
@@ -132,8 +132,8 @@ class ActiveSet:
             )
         self.prepare()
         entry.norm = entry.measure()
-        good = all_finite(entry.norm if isinstance(entry.norm, Tensor) else [entry.norm])
-        self._run(self._inners[number], [entry], good, None)
+        bad = self.norms.not_finite(entry.norm if isinstance(entry.norm, Tensor) else [entry.norm])
+        self._run(self._inners[number], [entry], bad, None)
         entry.param.grad = None
 
     def prepare(self) -> None:
@@ -168,7 +168,7 @@ class ActiveSet:
             return {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
         return {k: group[k] for k in ("lr", "weight_decay") if k not in self._settings.inner_kwargs}
 
-    def _run(self, inner: Any, entries: list[Entry], good: Tensor | bool, scale: Tensor | None) -> None:
+    def _run(self, inner: Any, entries: list[Entry], bad: Tensor | bool, scale: Tensor | None) -> None:
         for group in inner.param_groups:  # learning rate, decay and so on, as the schedulers left them
             for name, value in self._hyperparameters(self._groups[group["outer"]]).items():
                 if isinstance(group.get(name), Tensor):  # an inner optimizer of compiled code wants to keep its own
@@ -180,16 +180,17 @@ class ActiveSet:
             e.follow_outside_edits()
             e.take_gradient(part)
         # A plain torch optimizer cannot skip on the device: read the flag.
-        if good is False or not (hasattr(inner, "skips_on_device") or bool(good)):
+        found_inf = bad if isinstance(bad, Tensor) else None
+        if bad is True or not (hasattr(inner, "skips_on_device") or bool(bad == 0)):
             return
         if isinstance(inner, FusedAdamW):
-            inner.update(good, scale)
+            inner.update(found_inf, scale)
         else:
             for e in entries:
                 if e.master is not None and e.local.grad is not None:
                     e.master.grad = e.local.grad.float()
             if hasattr(inner, "skips_on_device"):
-                inner.update(good, scale)
+                inner.update(found_inf, scale)
             else:
                 if scale is not None:
                     torch._foreach_mul_([g for e in entries if (g := e.target.grad) is not None], 1 / scale)

@@ -352,8 +352,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if num_good:
             num_steps = self.settings.interval if rule.per_interval else num_good
             found = {i: total / num_steps for i, total in zip(self._active, sums, strict=True)}
-        for i, square in self._probe.squares(self._on.unscale).items():
-            found[i] = square if rule.squared else square**0.5
+        for i, norm in self._probe.norms(self._on.unscale).items():
+            found[i] = norm * norm if rule.squared else norm
         found = {i: value for i, value in found.items() if math.isfinite(value)}
         return {i: value / self.blocks[i].numel for i, value in found.items()} if rule.per_parameter else found
 

@@ -185,7 +185,8 @@ def test_checkpointing_fewer_layers_keeps_more():
         laboratory.measure(seq_len=512, checkpointing=num, loss="chunked").peak.total_bytes for num in (0, 1, 2, 4)
     ]
     assert peaks == sorted(peaks, reverse=True)
-    assert laboratory.measure(seq_len=512, checkpointing=0, loss="chunked").peak.total_bytes == peaks[0]
+    again = laboratory.measure(seq_len=512, checkpointing=0, loss="chunked").peak.total_bytes
+    assert again == pytest.approx(peaks[0], rel=1e-4)  # the norms of the steps before wait for the end of their round
 
 
 @pytest.mark.parametrize("limit", [500, 4_000, 4_100, 33_333, 10**6])

@@ -21,9 +21,9 @@ def test_bounded_rule_changes_nothing_where_told_so():
     one.update()
     before = [p.detach().clone(), *(v.clone() for v in one.state[p].values())]
     p.grad = torch.full((3, 4), 5.0)
-    one.update(good=torch.tensor(False))
+    one.update(found_inf=torch.tensor(1.0))
     p.grad = torch.full((3, 4), float("nan"))
-    one.update(good=torch.tensor(False))
+    one.update(found_inf=torch.tensor(1.0))
     for old, new in zip(before, [p, *one.state[p].values()], strict=True):
         assert torch.equal(old, new)
 

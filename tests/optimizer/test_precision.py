@@ -140,7 +140,7 @@ def test_fused_rule_equals_torch_bit_for_bit_for_any_workspace(dtype, chunk, mon
         for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             p.grad = None if step == 2 and k == 1 else torch.randn(p.shape).to(dtype)
             q.grad = None if p.grad is None else p.grad.float()
-        rule.update(good=torch.tensor(True))
+        rule.update(found_inf=torch.tensor(0.0))
         expected.step()
         for p, q in zip(ours, theirs, strict=True):
             assert torch.equal(p, q.to(dtype))
@@ -169,7 +169,7 @@ def test_fused_rule_changes_nothing_where_told_so():
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
     rule = FusedAdamW([p], lr=1.0)
-    rule.update(good=torch.tensor(False))
+    rule.update(found_inf=torch.tensor(1.0))
     assert torch.equal(p, torch.ones(4))
     assert rule.state[p]["step"] == 0
     assert not rule.state[p]["exp_avg"].any()

@@ -173,7 +173,7 @@ def test_skipped_step_changes_nothing(moments):
     one.update()
     before = [weight.detach().clone(), *(value.clone() for value in one.state[weight].values())]
     weight.grad = torch.randn(64, 64).bfloat16()
-    one.update(good=torch.tensor(False))
+    one.update(found_inf=torch.tensor(1.0))
     for old, new in zip(before, [weight, *one.state[weight].values()], strict=True):
         assert torch.equal(old, new)
 
