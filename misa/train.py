@@ -225,6 +225,7 @@ def _evaluation(run: RunOptions, finetune: FinetuneOptions) -> list[str]:
         ValueError: If the task is unknown, or its data are not there.
     """
     from misa.evaluation.scoring import data_files, expand
+    from misa.training.folders import EVALUATION_FOLDER
 
     if not run.save_model:
         raise ValueError("evaluate_at_last needs the trained model: it contradicts save_model false")
@@ -239,7 +240,7 @@ def _evaluation(run: RunOptions, finetune: FinetuneOptions) -> list[str]:
     output = Path(run.output_dir)
     return [
         *("--model_name_or_path", str(output / "model"), "--tasks", task, "--data_dir", str(folder)),
-        *("--output_dir", str(output / "evaluation"), "--max_seq_length", str(finetune.max_length)),
+        *("--output_dir", str(output / EVALUATION_FOLDER), "--max_seq_length", str(finetune.max_length)),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from misa.data.records import already_made, read_records, require_split, write_digest, write_records
-from misa.files import new_folder, sha256_file
+from misa.files import fingerprint, new_folder, sha256_file, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -249,11 +250,9 @@ def token_stream(digest: str, read: Callable[[], Sequence[str]], tokenizer: Any,
         name = hashlib.sha256(f"{digest} {backend.to_str()} {tokenizer.eos_token_id}".encode()).hexdigest()
         kept = cache / f"{name[:32]}.npy"
         if kept.is_file():
-            try:
+            if _is_as_written(kept):
                 return np.load(kept, mmap_mode="r")
-            # Of an empty file numpy says EOFError.
-            except (ValueError, EOFError):
-                logger.warning("%s is damaged; tokenizing again", kept)
+            logger.warning("%s is damaged; tokenizing again", kept)
     tokens = np.fromiter(_token_ids(read(), tokenizer), dtype=np.int32)
     if kept is not None:
         partial = kept.with_name(f"{kept.stem}.{os.getpid()}.partial.npy")
@@ -261,9 +260,21 @@ def token_stream(digest: str, read: Callable[[], Sequence[str]], tokenizer: Any,
             kept.parent.mkdir(parents=True, exist_ok=True)
             np.save(partial, tokens)
             partial.replace(kept)
+            write_text(_written_beside(kept), json.dumps(fingerprint(kept)) + "\n")
         except OSError as error:
             logger.info("tokens are not kept: %s", error)
     return tokens
+
+
+def _written_beside(tokens: Path) -> Path:
+    return tokens.with_suffix(".json")
+
+
+def _is_as_written(tokens: Path) -> bool:
+    try:
+        return json.loads(_written_beside(tokens).read_text(encoding="utf-8")) == fingerprint(tokens)
+    except (OSError, ValueError):
+        return False
 
 
 def _token_ids(texts: Iterable[str], tokenizer: Any, group: int = 1000) -> Iterator[int]:

@@ -8,6 +8,7 @@ the position of a run is a place in the stream, and going on does not read every
 from __future__ import annotations
 
 import copy
+import glob
 import itertools
 import logging
 from collections import deque
@@ -64,14 +65,14 @@ def _open_files(files: Sequence[Any]) -> Any:
     if len(suffixes) > 1:
         raise ValueError(f"streaming reads files of one kind, found {', '.join(sorted(suffixes))}")
     suffix = suffixes.pop()
-    names = [str(path) for path in files]
+    names = [glob.escape(str(path)) for path in files]  # they are taken for patterns
     kind, options = "parquet" if suffix == ".parquet" else "json", {}
     if suffix in DOCUMENT_SUFFIXES:
         kind, options = "text", {"sample_by": "document"}
     try:
         return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **options)
     except Exception as error:
-        raise _unreadable(", ".join(names), error) from error
+        raise _unreadable(", ".join(map(str, files)), error) from error
 
 
 def _readable(documents: Iterable[Any], where: str) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from misa.data.corpus import Blocks, cut_blocks, token_stream, train_tokenizer
 from misa.data.packing import IGNORED
 from misa.data.records import DOCUMENT_SUFFIXES, SUFFIXES, files_digest, find_split, read_records, surely_a_path
-from misa.data.tokens import cached_tokens, tokenizer_digest
+from misa.data.tokens import cached_tokens, is_whole, mark_whole, tokenizer_digest
 from misa.files import new_cache_entry
 
 # The pre-training set of the published runs, and the tokenizer they used with it.
@@ -178,20 +178,22 @@ def tokenizer_for(documents: Documents, vocab_size: int, tokenized_dir: Path) ->
         Its folder.
 
     Raises:
-        ValueError: If the vocabulary is too small.
+        ValueError: If the vocabulary is too small, or the folder cannot be written.
     """
     if vocab_size < 300:
         raise ValueError(f"vocab_size is {vocab_size}, allowed is 300 or more")
     name = hashlib.sha256(f"{documents.digest} {vocab_size}".encode()).hexdigest()[:32]
     folder = tokenized_dir / f"tokenizer-{name}"
-
-    def is_whole(path: Path) -> bool:
-        return (path / "tokenizer.json").is_file()
-
     if not is_whole(folder):
         tokenizer = train_tokenizer(documents.texts, vocab_size)
-        with new_cache_entry(folder, is_whole) as partial:
-            tokenizer.save_pretrained(partial)
+        try:
+            with new_cache_entry(folder, is_whole) as partial:
+                tokenizer.save_pretrained(partial)
+                mark_whole(partial)
+        except OSError as error:
+            raise ValueError(
+                f"tokenized_dir is {str(tokenized_dir)!r}, and must keep the tokenizer: {error}"
+            ) from error
     return folder
 
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from misa.files import new_cache_entry, write_text
+from misa.files import fingerprint, new_cache_entry, write_text
 
 logger = logging.getLogger(__name__)
 
-# Says that an entry is whole: the sizes of its files.
+# Says that an entry is whole: sizes and checksums of its files.
 COMPLETE_FILE = "complete.json"
 
 _ROWS_AT_ONCE = 10_000
@@ -66,10 +66,10 @@ def cached_tokens(
         return found
     made = _table(make())
     try:
-        with new_cache_entry(entry, _is_whole) as partial:
+        with new_cache_entry(entry, is_whole) as partial:
             _save(made, partial)
             write_text(partial / "key.json", json.dumps(key, indent=1, sort_keys=True) + "\n")
-            write_text(partial / COMPLETE_FILE, json.dumps(_sizes(partial)) + "\n")
+            mark_whole(partial)
     except OSError as error:
         logger.info("tokens are not kept: %s", error)
     return made
@@ -104,18 +104,24 @@ def _load(entry: Path) -> Any:
 
     if not entry.is_dir():
         return None
-    if _is_whole(entry):
+    if is_whole(entry):
         return datasets.load_from_disk(str(entry))
     logger.warning("%s is damaged; tokenizing again", entry)
     return None
 
 
-def _is_whole(entry: Path) -> bool:
+def mark_whole(folder: Path) -> None:
+    """Write down, last, what `is_whole` compares a folder with."""
+    write_text(folder / COMPLETE_FILE, json.dumps(_fingerprints(folder)) + "\n")
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files of a folder are as they were when `mark_whole` was called."""
     try:
-        return json.loads((entry / COMPLETE_FILE).read_text(encoding="utf-8")) == _sizes(entry)
+        return json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8")) == _fingerprints(folder)
     except (OSError, ValueError):
         return False
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != COMPLETE_FILE}
+def _fingerprints(folder: Path) -> dict[str, list[int]]:
+    return {path.name: fingerprint(path) for path in sorted(folder.iterdir()) if path.name != COMPLETE_FILE}

@@ -80,13 +80,18 @@ class Method:
             options: Overrides of `defaults`; None means the default.
 
         Raises:
-            ValueError: for an option the method does not have.
+            ValueError: for an option the method does not have, or two that exclude each other.
         """
         given = {k: v for k, v in options.items() if v is not None}
         if unknown := sorted(set(given) - set(self.defaults)):
             allowed = ", ".join(sorted(self.defaults)) or "none"
             raise ValueError(f"method {self.name}: has no option {', '.join(unknown)}; its options are: {allowed}")
         settings = {**self.defaults, **given}
+        if "num_blocks" in given and "budget" in self.defaults:
+            if "budget" in given:
+                both = f"budget is {given['budget']}, num_blocks {given['num_blocks']}"
+                raise ValueError(f"method {self.name}: {both}: give one of them")
+            settings["budget"] = None
         trained, optimizer = self.apply(model, hyperparameters, settings)
         return Built(trained, optimizer, settings, self.description)
 

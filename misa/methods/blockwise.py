@@ -61,10 +61,6 @@ def method(
         if wrap is not None:
             model = wrap(model, options)
         chosen = resolve({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
-        if chosen.get("num_blocks") is not None and "budget" in defaults:
-            if chosen["budget"] not in (None, defaults["budget"]):
-                raise ValueError(f"method {name}: budget and num_blocks: give one of them")
-            chosen["budget"] = None
         share = chosen.get("effective_share")
         if share is not None and chosen["eta"] != "auto":
             raise ValueError(f"effective_share={share}: goes with eta=auto, not eta={chosen['eta']}")

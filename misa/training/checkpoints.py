@@ -7,10 +7,9 @@ import json
 import logging
 import re
 import shutil
-import zlib
 from pathlib import Path
 
-from misa.files import write_text
+from misa.files import fingerprint, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +20,13 @@ MANIFEST_FILE = "complete.json"
 RUN_FILE = "run.json"
 
 # Where a checkpoint is written before it gets its name.
-STAGING_FOLDER = "saving"
+STAGING_FOLDER = ".misa-saving"
 
 # Without these a run could continue, but not as the same run.
 REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 # Random state: of a process that was alone, or of the first of several.
 RANDOM_FILES = ("rng_state.pth", "rng_state_0.pth")
-
-_CHUNK_BYTES = 2**22
 
 
 def seal(checkpoint: Path) -> None:
@@ -38,7 +35,7 @@ def seal(checkpoint: Path) -> None:
     Args:
         checkpoint: Folder of a checkpoint whose files are all written.
     """
-    files = {path.relative_to(checkpoint).as_posix(): _fingerprint(path) for path in _files(checkpoint)}
+    files = {path.relative_to(checkpoint).as_posix(): fingerprint(path) for path in _files(checkpoint)}
     write_text(checkpoint / MANIFEST_FILE, json.dumps(files, indent=1) + "\n")
 
 
@@ -53,10 +50,10 @@ def fault(checkpoint: Path) -> str | None:
     """
     try:
         files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, fingerprint in files.items():
+        for name, written in files.items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
-            if _fingerprint(checkpoint / name) != fingerprint:
+            if fingerprint(checkpoint / name) != written:
                 return f"{name} was cut or changed"
     except FileNotFoundError:
         return f"{MANIFEST_FILE} is missing, so it was never finished"
@@ -71,6 +68,18 @@ def fault(checkpoint: Path) -> str | None:
 def step_of(checkpoint: Path) -> int:
     """Return the optimizer step a checkpoint was made at, from its name."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def found_again(checkpoint: str | None, folder: str | Path) -> str | None:
+    """Where a checkpoint that a state names lies, if its folder may have been moved meanwhile.
+
+    Args:
+        checkpoint: Its path when the state was written, or None.
+        folder: Where the checkpoints of the run are now.
+    """
+    if checkpoint is None or not (here := Path(folder) / Path(checkpoint).name).is_dir():
+        return checkpoint
+    return str(here)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -106,7 +115,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     folder = Path(folder)
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     for checkpoint in reversed(checkpoints(folder)):
-        problem = fault(checkpoint)
+        problem = fault(checkpoint) or _fault_of_best(checkpoint)
         if problem is None:
             return checkpoint
         logger.warning("%s is not used: %s", checkpoint, problem)
@@ -119,10 +128,11 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
 
 
-def _fingerprint(path: Path) -> list[int]:
-    """Return size and CRC-32: a checksum against damage, at the speed of reading."""
-    checksum = 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return [path.stat().st_size, checksum]
+def _fault_of_best(checkpoint: Path) -> str | None:
+    """Say what is wrong with the checkpoint that a whole one names as the best so far, which the run may end with."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = found_again(state.get("best_model_checkpoint"), checkpoint.parent)
+    if best is None or Path(best) == checkpoint or not Path(best).is_dir():
+        return None
+    problem = fault(Path(best))
+    return problem and f"the best checkpoint before it, {best}, cannot be used: {problem}"

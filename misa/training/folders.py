@@ -14,6 +14,7 @@ from misa.training.identity import differences
 
 MODEL_FOLDER = "model"
 SNAPSHOTS_FOLDER = "snapshots"
+EVALUATION_FOLDER = "evaluation"
 
 
 def spare_sources(job: Any, output: Path, scratch: Path) -> None:
@@ -37,11 +38,26 @@ def spare_sources(job: Any, output: Path, scratch: Path) -> None:
                 raise ValueError(f"{name} is {source!r}, which this run would overwrite: choose another output_dir")
 
 
+def spare_strangers(job: Any, output: Path, scratch: Path) -> None:
+    """Refuse to put a model in the place of a folder that no run has written.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    model = output / MODEL_FOLDER
+    ours = (output / RESULT_FILE).is_file() or (scratch / RUN_FILE).is_file() or job.run.overwrite_output_dir
+    if not ours and model.exists() and (not model.is_dir() or any(model.iterdir())):
+        raise ValueError(
+            f"{model} is there, and neither {RESULT_FILE} nor checkpoints of a run that wrote it; "
+            "--overwrite_output_dir replaces it, or choose another output_dir"
+        )
+
+
 def check_start(job: Any, checkpoint: Path) -> None:
     """Refuse a checkpoint that a run cannot start from.
 
     Raises:
-        ValueError: If it is damaged, of another method, or leaves no step to train.
+        ValueError: If it is damaged or of another method.
     """
     name = f"continue_from is {str(checkpoint)!r}, a checkpoint"
     if (problem := fault(checkpoint)) is not None:
@@ -50,9 +66,29 @@ def check_start(job: Any, checkpoint: Path) -> None:
     method = json.loads(mark.read_text(encoding="utf-8")).get("method") if mark.is_file() else None
     if method not in (None, job.method.method):
         raise ValueError(f"{name} of method {method}, and this run's is {job.method.method}")
+
+
+def check_rest(checkpoint: Path, trainer: Any) -> None:
+    """Refuse a checkpoint whose state the run's model and optimizer do not have, or that leaves no step to train.
+
+    Raises:
+        ValueError: Saying which it is.
+    """
+    import torch
+
+    name = f"continue_from is {str(checkpoint)!r}, a checkpoint"
     step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if 0 < job.training.max_steps <= step:
-        raise ValueError(f"{name} of step {step}: max_steps is {job.training.max_steps}, so none is left to train")
+    if (planned := trainer.num_planned_steps()) is not None and planned <= step:
+        raise ValueError(f"{name} of step {step}: this run has {planned} steps, so that none is left to train")
+    if trainer.args.world_size > 1:  # parts of a state are put together while training starts
+        return
+    try:
+        trainer._load_from_checkpoint(str(checkpoint))
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        trainer.optimizer.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} of a run with another model, method options or optimizer: {reason}") from error
 
 
 def finished(job: Any, output: Path) -> Result | None:
@@ -98,15 +134,29 @@ def owns_checkpoints(job: Any, scratch: Path) -> bool:
     return not changed
 
 
+def clear(job: Any, result: Result, scratch: Path) -> None:
+    """Remove the checkpoints of a finished run, which a kill may have left, unless they were to be kept."""
+    mark = scratch / RUN_FILE
+    if job.run.keep_checkpoints or result.config.get("keep_checkpoints") or not mark.is_file():
+        return
+    try:
+        is_own = not differences(json.loads(mark.read_text(encoding="utf-8")), job.config())
+    except (ValueError, AttributeError):
+        return
+    if is_own:
+        remove_checkpoints(scratch)
+
+
 def take(job: Any, output: Path, scratch: Path, is_own: bool) -> None:
     """Remove what an earlier run left, and mark the scratch folder as this run's."""
     was_finished = (output / RESULT_FILE).is_file()
     if was_finished or not is_own:
         remove_checkpoints(scratch)
+        shutil.rmtree(output / SNAPSHOTS_FOLDER, ignore_errors=True)
     if was_finished:
         # The result goes last: as long as it is there, that run is the finished one.
-        shutil.rmtree(output / MODEL_FOLDER, ignore_errors=True)
-        shutil.rmtree(output / SNAPSHOTS_FOLDER, ignore_errors=True)
+        for folder in (MODEL_FOLDER, EVALUATION_FOLDER):
+            shutil.rmtree(output / folder, ignore_errors=True)
         (output / CURVES_FILE).unlink(missing_ok=True)
         (output / RESULT_FILE).unlink()
     if not checkpoints(scratch):

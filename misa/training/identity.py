@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +57,16 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     old, new = _with_batch_size(old), _with_batch_size(new)
     if "model_digest" not in old:  # of a run from before it was kept
         new = {**new, "model_digest": None}
-    names = sorted(name for name in old.keys() | new.keys() if matters(name) and old.get(name) != new.get(name))
+    names = sorted(name for name in old.keys() | new.keys() if matters(name) and _differ(old.get(name), new.get(name)))
     return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+
+
+def _differ(old: Any, new: Any) -> bool:
+    """Whether two values are different; result files have numbers without end as words."""
+    if old == new:
+        return False
+    first, second = (re.sub(r'"(-?Infinity|NaN)"', r"\1", json.dumps(value, sort_keys=True)) for value in (old, new))
+    return first != second
 
 
 def _with_batch_size(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,29 @@ class FolderLock:
             OSError: If one cannot be made or written to.
         """
         for folder in self._folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / LOCK_FILE).open("a")
-            try:
-                # Such a lock is this process's alone; workers that outlive it for a moment do not hold it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.close()
-                raise ValueError(f"{folder} is in use by another run: wait for it, or choose another folder") from None
-            except OSError:
-                # A file system without locks.
-                file.close()
-                continue
-            self._held.append(file)
+            while not self._acquire(folder):
+                pass
+
+    def _acquire(self, folder: Path) -> bool:
+        """Lock one folder; False if the file was taken away, by its last holder, before the lock was there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / LOCK_FILE
+        file = path.open("a")
+        try:
+            # Such a lock is this process's alone; workers that outlive it for a moment do not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise ValueError(f"{folder} is in use by another run: wait for it, or choose another folder") from None
+        except OSError:
+            # A file system without locks.
+            file.close()
+            return True
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.close()
+            return False
+        self._held.append(file)
+        return True
 
     def release(self) -> None:
         """Let others in."""

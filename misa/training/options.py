@@ -209,6 +209,8 @@ LEAST: dict[str, int] = {
     "dataloader_num_workers": 0,
     "learning_rate": 0,
     "max_grad_norm": 0,
+    "eval_accumulation_steps": 1,
+    "neftune_noise_alpha": 0,
 }
 
 
@@ -222,7 +224,7 @@ def require_sense(fields: dict[str, Any]) -> None:
         ValueError: If one is out of range, or would be ignored.
     """
     for name, least in LEAST.items():
-        if not fields[name] >= least:  # also of what is no number
+        if fields[name] is not None and not fields[name] >= least:  # also of what is no number
             raise ValueError(f"{name} is {fields[name]}, allowed is {least} or more")
     if fields["max_steps"] != -1 and fields["max_steps"] < 1:
         raise ValueError(f"max_steps is {fields['max_steps']}, allowed is 1 or more, or -1 for num_train_epochs")
@@ -335,6 +337,10 @@ def require_reporters(training: Any) -> None:
             raise ValueError(
                 f"report_to is {name!r}, which is not installed: pip install {names[0]}, or --report_to none"
             )
+    from transformers.integrations import get_available_reporting_integrations
+
+    if missing := [n for n in training.report_to if n not in {*packages, *get_available_reporting_integrations()}]:
+        raise ValueError(f"report_to is {missing[0]!r}, which is not installed; --report_to none goes without")
     if "wandb" in training.report_to and training.project != "huggingface":
         # wandb reads its project from here alone.
         os.environ["WANDB_PROJECT"] = training.project

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from misa.training.translation import Flag, Line, boolean, count, one_of, only_safetensors
+from misa.training.translation import Flag, Line, boolean, count, one_of, only_safetensors, share, whole
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ OPTIMS = ("adamw_hf", "adamw_torch", "adamw_torch_fused")
 # Names that transformers has dropped.
 DROPPED = {
     "evaluation_strategy": Flag("eval_strategy"),
-    "warmup_ratio": Flag("warmup_steps"),
+    "warmup_ratio": Flag("warmup_steps", share),
     "no_cuda": Flag("use_cpu", boolean),
     "group_by_length": Flag("train_sampling_strategy", lambda text: "group_by_length" if boolean(text) else "random"),
     "save_safetensors": Flag("", only_safetensors),
@@ -140,7 +140,10 @@ def translate_pretrain(words: Sequence[str]) -> list[str]:
         refuse_block_flags(line, "--optimizer bcd-optimizer", excused=False)
     if optimizer == "adamw":
         # Theirs keeps no master copies beside bf16 weights.
-        pure = one_of(LOAD_TYPES)(line.own.get("dtype", "float32")) == "bfloat16"
+        from misa.models import resolve_dtype
+
+        dtype = line.own.get("dtype", "float32")
+        pure = resolve_dtype(LOAD_TYPES.get(dtype, dtype)) == "bfloat16"
         line.set("method", "adamw_bf16" if pure else "adamw", "optimizer adamw")
     elif optimizer in ("galore", "galore-layerwise"):
         line.set("method", optimizer.replace("-", "_"), f"optimizer {optimizer}")
@@ -193,7 +196,7 @@ def refuse_block_flags(line: Line, missing: str, excused: bool) -> None:
     if flags and not excused:
         raise ValueError(f"--{flags[0]} needs {missing}; with --method, use the options of this package (--help)")
     for name, flag in BLOCKS.items():
-        if flag.shared and name in line.given:
+        if flag.shared and name in line.given and not (excused and "method" not in line.own):
             line.set(name, line.given[name], name)
 
 
@@ -269,8 +272,14 @@ def _optim(line: Line, full: bool) -> None:
 
 def _batch(line: Line) -> None:
     """Accumulation from the total batch, steps from the total tokens."""
-    batch = line.given.get("batch_size", int(line.own.get("per_device_train_batch_size", 8)))
-    accumulation = line.given.get("gradient_accumulation", line.own.get("gradient_accumulation_steps"))
+
+    def read(flag: str, option: str, default: int | None) -> int | None:
+        if flag in line.given:
+            return whole(flag, line.given[flag])
+        return whole(option, line.own[option]) if option in line.own else default
+
+    batch = read("batch_size", "per_device_train_batch_size", 8) or 8
+    accumulation = read("gradient_accumulation", "gradient_accumulation_steps", None)
     total = line.given.get("total_batch_size")
     if total is not None:
         if "batch_size" not in line.given and "per_device_train_batch_size" not in line.own:
@@ -280,7 +289,7 @@ def _batch(line: Line) -> None:
         if total < 1 or at_once < 1 or total % at_once:
             text = f" x {world_size()} processes" if world_size() > 1 else ""
             raise ValueError(f"--total_batch_size {total} is not a multiple of --batch_size {batch}{text}")
-        if accumulation is not None and int(accumulation) * at_once != total:
+        if accumulation is not None and accumulation * at_once != total:
             raise ValueError(
                 f"--total_batch_size {total}, --batch_size {batch} and --gradient_accumulation {accumulation} "
                 "contradict each other"
@@ -291,7 +300,7 @@ def _batch(line: Line) -> None:
     if tokens is not None:
         if "num_training_steps" in line.given or "max_steps" in line.own:
             raise ValueError("--max_train_tokens and --num_training_steps contradict each other: give one of them")
-        per_step = batch * world_size() * int(accumulation or 1) * int(line.own.get("max_length", 256))
+        per_step = batch * world_size() * (accumulation or 1) * whole("max_length", line.own.get("max_length", 256))
         if tokens < per_step:
             raise ValueError(f"--max_train_tokens is {tokens}, allowed is one step of {per_step} tokens or more")
         line.set("max_steps", tokens // per_step, "max_train_tokens")

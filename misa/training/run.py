@@ -29,7 +29,7 @@ from misa.results import (
     write_result,
 )
 from misa.training import folders
-from misa.training.checkpoints import latest_checkpoint, remove_checkpoints, step_of
+from misa.training.checkpoints import found_again, latest_checkpoint, remove_checkpoints, step_of
 from misa.training.curves import curve_points, mean_loss
 from misa.training.errors import DivergedError
 from misa.training.identity import matters
@@ -155,11 +155,15 @@ def _begin(job: Job, lock: FolderLock) -> Result | tuple[Parts, Any, Any, Any]:
         done = on_first(lambda: folders.finished(job, output))
     if done is not None:
         logger.info("%s is finished: %s is there, nothing to do", job.name, output / RESULT_FILE)
+        on_first(lambda: folders.clear(job, done, scratch))
         return done
     if job.run.is_checkpoint():
         folders.check_start(job, Path(str(job.run.continue_from)))
     is_own = on_first(lambda: folders.owns_checkpoints(job, scratch))
+    on_first(lambda: folders.spare_strangers(job, output, scratch))
     prepared = _prepare(job)
+    if job.run.is_checkpoint():
+        folders.check_rest(Path(str(job.run.continue_from)), prepared[2])
     on_first(lambda: folders.take(job, output, scratch, is_own))
     return prepared
 
@@ -167,10 +171,7 @@ def _begin(job: Job, lock: FolderLock) -> Result | tuple[Parts, Any, Any, Any]:
 def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
     scratch = Path(job.training.output_dir)
     try:
-        checkpoint = on_first(lambda: latest_checkpoint(scratch))
-        if checkpoint is None and job.run.is_checkpoint():
-            checkpoint = Path(str(job.run.continue_from))
-        _train(trainer, meter, checkpoint)
+        _train(job, trainer, meter, on_first(lambda: latest_checkpoint(scratch)))
     except KeyboardInterrupt:
         logger.info("stopped; the same command continues from the last checkpoint in %s", scratch)
         raise
@@ -198,11 +199,13 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from misa.training.trainer import Schedule, Trainer
 
     arguments = job.training
-    steps = snapshot_steps(job.run.snapshot_steps, arguments.max_steps)
+    snapshot_steps(job.run.snapshot_steps, arguments.max_steps)
     parts = job.make()
-    if parts.eval_dataset is None and arguments.eval_strategy != "no":
+    if parts.eval_dataset is None and (arguments.eval_strategy != "no" or arguments.eval_on_start):
         strategy = getattr(arguments.eval_strategy, "value", arguments.eval_strategy)
-        raise ValueError(f"eval_strategy is {strategy}, but nothing is held out: give validation_samples")
+        asked = "eval_on_start is True" if strategy == "no" else f"eval_strategy is {strategy}"
+        raise ValueError(f"{asked}, but nothing is held out: give validation_samples")
+    _require_vocabulary(parts)
     if arguments.dataloader_drop_last and has_length(parts.train_dataset):
         at_once = arguments.train_batch_size * arguments.world_size
         if (num := len(parts.train_dataset)) < at_once:
@@ -235,6 +238,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         optimizer_cls_and_kwargs=built.optimizer_cls_and_kwargs,
         callbacks=[meter, Schedule(evaluate_at_end=parts.eval_dataset is not None)],
     )
+    steps = snapshot_steps(job.run.snapshot_steps, trainer.num_planned_steps() or -1)
     trainer.create_optimizer()  # here, where what is wrong with its settings is the user's
     trainer.stop_on_nan = job.run.stop_on_nan
     if (watch := MemoryWatch.of(job, built.model, plan, meter)) is not None:
@@ -247,6 +251,17 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         trainer.add_callback(Snapshots(Path(job.run.output_dir) / folders.SNAPSHOTS_FOLDER, steps, parts.tokenizer))
     trainer.add_callback(Progress(meter, bar=False if arguments.disable_tqdm else None))
     return parts, built, trainer, meter
+
+
+def _require_vocabulary(parts: Parts) -> None:
+    """Refuse a tokenizer that knows more tokens than the model; those that were added to it may never occur."""
+    tokenizer, embeddings = parts.tokenizer, parts.model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", None)
+    if rows is None:
+        return
+    special = [i for i in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+    if (needed := max(tokenizer.vocab_size, *(i + 1 for i in special))) > rows:
+        raise ValueError(f"the tokenizer has {needed} tokens, and the model embeds {rows}: they do not belong together")
 
 
 def _check_schedule(arguments: Any) -> None:
@@ -280,22 +295,34 @@ def _require_one_pass(method: str, arguments: Any) -> None:
         )
 
 
-def _train(trainer: Any, meter: Any, checkpoint: Path | None) -> None:
+def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:
+    """Train, from the run's own checkpoint if it has one.
+
+    Raises:
+        KeyboardInterrupt: If transformers has stopped by itself after a signal (`enable_jit_checkpoint`).
+    """
     from transformers import TrainerState
 
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if step_of(checkpoint) >= state.max_steps:
+            # Only the result was missing. transformers would train one step too many here.
+            logger.info("continuing from %s", checkpoint)
+            state.best_model_checkpoint = found_again(state.best_model_checkpoint, checkpoint.parent)
+            best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            trainer._load_from_checkpoint(best or str(checkpoint))
+            trainer.state = state
+            meter.restore(state)
+            return
+    elif job.run.is_checkpoint():
+        checkpoint = Path(str(job.run.continue_from))
     if checkpoint is None:
         trainer.train()
-        return
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    logger.info("continuing from %s", checkpoint)
-    if step_of(checkpoint) >= state.max_steps:
-        # Only the result was missing. transformers would train one step too many here.
-        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        trainer._load_from_checkpoint(best or str(checkpoint))
-        trainer.state = state
-        meter.restore(state)
-        return
-    trainer.continue_from(checkpoint)
+    else:
+        logger.info("continuing from %s", checkpoint)
+        trainer.continue_from(checkpoint)
+    if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt
 
 
 def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
@@ -303,12 +330,13 @@ def _write(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Resu
     history = trainer.state.log_history
     points = curve_points(history)
     losses = [point for point in points if point.metric == "train_loss"]
-    evaluations = [point.value for point in points if point.metric == "eval_loss"]
+    evaluations = {point.step: point.value for point in points if point.metric == "eval_loss"}
     metrics = {"train_loss": mean_loss(losses), "final_train_loss": losses[-1].value}
     if evaluations:
-        by_loss = job.training.metric_for_best_model in (None, "loss", "eval_loss")
-        is_best = job.training.load_best_model_at_end and by_loss and trainer.state.best_metric is not None
-        eval_loss = trainer.state.best_metric if is_best else evaluations[-1]
+        # Of the model that is kept: the best one that was saved, or the last.
+        best = trainer.state.best_model_checkpoint if job.training.load_best_model_at_end else None
+        kept = step_of(Path(best)) if best is not None and Path(best).is_dir() else max(evaluations)
+        eval_loss = evaluations.get(kept, evaluations[max(evaluations)])
         metrics |= {"eval_loss": eval_loss, **parts.metrics(eval_loss)}
     num_tokens = trainer.state.num_input_tokens_seen
     metrics |= {"num_steps": trainer.state.global_step, "num_tokens": num_tokens}
@@ -403,6 +431,7 @@ def _run_command(prog: str, job: Callable[[], Job], held: contextlib.ExitStack) 
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"{prog}: error: the disk is full: {error.filename or ''}; what was saved before stays", file=sys.stderr)
+        where = error.filename or asked.training.output_dir
+        print(f"{prog}: error: the disk is full: {where}; what was saved before stays", file=sys.stderr)
         return 1
     return 0

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 from misa.data.packing import IGNORED
 from misa.data.sampling import SeededSampler
 from misa.files import write_text
-from misa.training.checkpoints import STAGING_FOLDER, seal
+from misa.training.checkpoints import STAGING_FOLDER, found_again, seal
 from misa.training.errors import DivergedError
 from misa.training.meter import unwrapped
 
@@ -58,6 +58,27 @@ class Trainer(transformers.Trainer):
                 self._losses = []
         return loss
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate by the plain loss: with smoothed labels it would be no likelihood, and no perplexity follow."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().prediction_step(*args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+    def num_planned_steps(self) -> int | None:
+        """Optimizer steps of the whole run, or None for a stream, which has no length, without `max_steps`."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        if not has_length(self.train_dataset):
+            return None
+        return math.ceil(self.args.num_train_epochs * self._steps_in_epoch(len(self.train_dataset)))
+
+    def _steps_in_epoch(self, num_items: int) -> int:
+        batches = num_items / (self._train_batch_size * self.args.world_size)
+        batches = math.floor(batches) if self.args.dataloader_drop_last else math.ceil(batches)
+        return max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+
     def _divergence(self, loss: float, number: int) -> str:
         """Say at which step and for which records the loss broke."""
         where = f"loss is {loss} at step {self.state.global_step + 1}"
@@ -65,9 +86,7 @@ class Trainer(transformers.Trainer):
             sampler = self._get_train_sampler()
             size = self._train_batch_size
             accumulation = self.args.gradient_accumulation_steps
-            in_epoch = math.ceil(len(sampler) / (size * self.args.world_size))
-            steps = math.ceil(in_epoch / accumulation)
-            epoch, step = divmod(self.state.global_step, steps)
+            epoch, step = divmod(self.state.global_step, self._steps_in_epoch(len(sampler)))
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(epoch)
             begin = (step * accumulation + number) * size * self.args.world_size
@@ -125,6 +144,9 @@ class Trainer(transformers.Trainer):
         if (checkpoint / STREAM_FILE).is_file():
             self.train_dataset.resume(json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")))
             changed["ignore_data_skip"] = True
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if (best := found_again(state.best_model_checkpoint, self.args.output_dir)) is not None and Path(best).is_dir():
+            self.add_callback(_Recall(best))
         asked = {name: getattr(self.args, name) for name in changed}
         vars(self.args).update(changed)
         try:
@@ -181,7 +203,8 @@ class Schedule(TrainerCallback):
     """Make a run's record the same whether or not it was interrupted.
 
     A checkpoint in the middle of a logging interval would lose the losses since the last point of the curve, so
-    every checkpoint closes the interval. The last step is logged and, if there is evaluation data, evaluated.
+    every checkpoint closes the interval, and so does an evaluation that may be followed by one. The last step is logged
+    and, if there is evaluation data, evaluated.
 
     Args:
         evaluate_at_end: Whether to evaluate after the last step.
@@ -193,7 +216,7 @@ class Schedule(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Ask for a log with every checkpoint, and for everything at the last step."""
         last = state.global_step >= state.max_steps
-        if control.should_save or last:
+        if control.should_save or last or (control.should_evaluate and args.save_strategy == "best"):
             control.should_log = True
         if last and self.evaluate_at_end:
             control.should_evaluate = True
@@ -203,4 +226,17 @@ class Schedule(TrainerCallback):
         """Do not evaluate the last step a second time because an epoch ends with it."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = False
+        if control.should_evaluate and args.save_strategy == "best":
+            control.should_log = True
         return control
+
+
+class _Recall(TrainerCallback):
+    """Remember the best checkpoint of a run whose folder was moved, which transformers has forgotten by then."""
+
+    def __init__(self, best: str) -> None:
+        self._best = best
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say again which it is."""
+        state.best_model_checkpoint = self._best

@@ -33,6 +33,27 @@ def one_of(table: dict[str, str]) -> Callable[[str], str]:
     return convert
 
 
+def share(text: str) -> str:
+    """Read a share of the steps."""
+    try:
+        if 0 <= float(text) < 1:
+            return text
+    except ValueError:
+        pass
+    raise ValueError("allowed is a share of the steps, from 0 to below 1")
+
+
+def whole(name: str, text: Any) -> int:
+    """Read a whole number from 1 up.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    if not str(text).isdecimal() or int(text) < 1:
+        raise ValueError(f"--{name} is {text!r}: allowed is a whole number from 1 up")
+    return int(text)
+
+
 def count(text: str) -> int:
     """Read a whole number of tokens, with K, M or B for thousands, millions and billions."""
     factor = SUFFIXES.get(text[-1:].upper(), 1)
@@ -125,6 +146,8 @@ class Line:
             ValueError: If another flag has set it otherwise.
         """
         before = self.own.get(option, str(self.ours[option]) if option in self.ours else None)
+        if before is None and f"no_{option}" in self.own:  # how a truth value of ours is switched off
+            before = "False"
         if before is not None and before != str(value):
             raise ValueError(f"--{self._from.get(option, option)} {before} and --{flag} {value} contradict each other")
         if before is None:

@@ -140,7 +140,7 @@ def test_blocks_are_the_documents_in_order_with_ends_between(folder: Path, token
 def test_tokens_are_kept_and_used_only_for_the_same_text(tmp_path: Path, tokenizer: Any) -> None:
     write_records(tmp_path / "train.jsonl", [{"text": "some text " * 50}])
     first = load_blocks(tmp_path, "train", tokenizer, 16)
-    (cache,) = (tmp_path / corpus.CACHE_FOLDER).iterdir()
+    (cache,) = (tmp_path / corpus.CACHE_FOLDER).glob("*.npy")
     stamp = cache.stat().st_mtime_ns
     assert np.array_equal(load_blocks(tmp_path, "train", tokenizer, 16).input_ids, first.input_ids)
     assert cache.stat().st_mtime_ns == stamp

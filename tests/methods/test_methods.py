@@ -107,7 +107,7 @@ def test_uniform_method_draws_uniformly():
         ("misa", {"budget": 1.5}, r"budget=1.5: must lie in \(0, 1\]"),
         ("misa", {"variant": "papper"}, "must be one of default, paper, official"),
         ("misa_official", {"variant": "paper"}, "misa_official: has no option variant"),
-        ("misa", {"budget": 0.1, "num_blocks": 2}, "budget and num_blocks: give one of them"),
+        ("misa", {"budget": 0.1, "num_blocks": 2}, "budget is 0.1, num_blocks 2: give one of them"),
         ("misa", {"effective_share": 0.3}, "effective_share=0.3: goes with eta=auto, not eta=1.0"),
         ("misa", {"inner": "adam"}, "inner='adam': must be one of adamw, sgd"),
         ("galore", {"galore_r": 0}, "galore_r=0: must be at least 1"),

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from misa.training.checkpoints import STAGING_FOLDER
+
 from .conftest import outcome
 
 pytestmark = pytest.mark.slow
@@ -134,7 +136,7 @@ def test_twenty_kills_change_nothing(
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         num_kills += server.wait() == -signal.SIGKILL
-        caught_saving += (tmp_path / "killed" / "checkpoints" / "saving").exists()
+        caught_saving += (tmp_path / "killed" / "checkpoints" / STAGING_FOLDER).exists()
     assert num_kills == NUM_KILLS
     print(f"{method}: {caught_saving} of {num_kills} kills fell into saving")
     server.start(pretrain_words("killed", **options), log)

@@ -326,3 +326,18 @@ def test_single_gpu_and_several_processes_contradict(monkeypatch: pytest.MonkeyP
         translate_pretrain(["--single_gpu"])
     words = translate_pretrain(["--batch_size", "4", "--total_batch_size", "16"])
     assert options(words)["--gradient_accumulation_steps"] == "2"
+
+
+def test_precision_of_a_published_line_may_be_auto() -> None:
+    words = translate_pretrain(["--optimizer", "adamw", "--dtype", "auto"])
+    assert words[words.index("--method") + 1] in ("adamw", "adamw_bf16")
+    with pytest.raises(ValueError, match="auto"):
+        translate_pretrain(["--optimizer", "adamw", "--dtype", "fp99"])
+
+
+def test_flags_of_blocks_that_are_switched_off_mean_nothing() -> None:
+    line = ["--use_bcd", "False", "--bcd_update_order", "misa", "--granularity", "module", "--sample_last", "2"]
+    words = translate_train(line)
+    assert "--granularity" not in words
+    assert "--sample_last" not in words
+    assert words[words.index("--method") + 1] == "adamw"

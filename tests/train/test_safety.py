@@ -72,7 +72,7 @@ def test_checkpoint_that_would_be_removed_is_no_start(
     assert "continue_from" in capsys.readouterr().err
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") == checkpoint
     assert finetune("other", budget=0.2, continue_from=checkpoint) == 2
-    assert "of step 9: max_steps is 9, so none is left" in capsys.readouterr().err
+    assert "of step 9: this run has 9 steps, so that none is left" in capsys.readouterr().err
     assert finetune("other", method="lora", continue_from=checkpoint, max_steps=12) == 2
     assert "of method misa, and this run's is lora" in capsys.readouterr().err
 
