@@ -66,7 +66,7 @@ docs: $(STAMP) ## Build the documentation into results/site.
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "== documentation: results/site/index.html"
 
-freeze: $(STAMP) ## Copy the tables of the last study into paper_figures/data.
+freeze: $(STAMP) ## Copy the tables of SCALE over those in paper_figures/data.
 	@$(BIN)/snakemake --cores all freeze --config scale=$(SCALE)
 
 bench: $(STAMP) ## Time one training step of every method, in one run.

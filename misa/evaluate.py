@@ -92,8 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers import HfArgumentParser
 
     from misa.evaluation.session import evaluate
+    from misa.help_text import HelpFormatter
 
-    parser = HfArgumentParser(EvaluateArguments, prog="python -m misa.evaluate", description=__doc__)
+    parser = HfArgumentParser(
+        EvaluateArguments, prog="python -m misa.evaluate", description=__doc__, formatter_class=HelpFormatter
+    )
     _name_tasks(parser)
     try:
         (arguments,) = parser.parse_args_into_dataclasses(args=words)

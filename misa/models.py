@@ -46,7 +46,7 @@ class LoadingOptions:
     _argument_group_name = "loading"
 
     use_fast_tokenizer: bool = field(
-        default=True, metadata={"help": "the tokenizer in Rust; if false, the one in Python where there is one"}
+        default=True, metadata={"help": "use the tokenizer in Rust, and not the one in Python"}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention: eager, sdpa, flash_attention_2, ...; default: the best there is"}

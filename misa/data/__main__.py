@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from misa.help_text import HelpFormatter
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -32,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "family",
         help="questions about family relations, one word as the answer",
         description="Write generated family-relations questions as train.jsonl, test.jsonl and digest.json.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     family.add_argument("--num_train", type=int, default=2000, help="number of training records")
     family.add_argument("--num_test", type=int, default=500, help="number of test records, none of them in train")
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         help="docstrings of installed packages, with a tokenizer",
         description="Write docstrings of installed packages as train.jsonl and validation.jsonl (field text), "
         "with tokenizer/ and digest.json, which lists versions and licences.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     corpus.add_argument(
         "--packages",
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "mix",
         help="the training records of several real sets, shuffled",
         description="Write the training records of known sets as one train.jsonl, with digest.json.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     mix.add_argument("--sets", required=True, help="known sets, separated by commas", default=argparse.SUPPRESS)
     mix.add_argument("--data_dir", help="folder with local copies; without it, the hub is asked")

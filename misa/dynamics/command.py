@@ -92,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     from transformers import HfArgumentParser
 
+    from misa.help_text import HelpFormatter
+
     words = list(sys.argv[1:] if arguments is None else arguments)
     prog = "python -m misa.dynamics"
     if not words or words[0] in ("-h", "--help"):
@@ -102,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{prog}: error: verb is {words[0]!r}; allowed: {', '.join(VERBS)}", file=sys.stderr)
         return 2
     options, run, text = _of_verb(words[0])
-    parser = HfArgumentParser(options, prog=f"{prog} {words[0]}", description=text.partition("\n\n")[2])
+    parser = HfArgumentParser(
+        options, prog=f"{prog} {words[0]}", description=text.partition("\n\n")[2], formatter_class=HelpFormatter
+    )
     try:
         (settings,) = parser.parse_args_into_dataclasses(words[1:])
         run(settings, ["python", "-m", "misa.dynamics", *words])

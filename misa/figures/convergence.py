@@ -63,12 +63,14 @@ def plot(table: pd.DataFrame) -> Figure:
                     points = drawn.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"])
                     x = points.index if column == "step" else points[column]["mean"] / unit
                     value = points["value"]
+                    front = 3 if method == "misa" else 2  # the method that the others are compared with
                     (line,) = ax.plot(
                         *(x, value["mean"]),
                         color=look.color,
                         linestyle=look.dash,
                         marker=look.marker,
                         markevery=list(range(len(points)))[:: -max(1, len(points) // 4)],
+                        zorder=front,
                     )
                     ax.fill_between(x, value["min"], value["max"], color=look.color, alpha=0.2, linewidth=0)
                     handles.setdefault((order.index(method), series_label(series, method)), line)

@@ -28,6 +28,7 @@ def plot(table: pd.DataFrame) -> Figure:
     s.require(table, COLUMNS)
     import matplotlib as mpl
     import numpy as np
+    import seaborn as sns
     from matplotlib.colors import ListedColormap, Normalize
 
     snapshots = list(table.sort_values("step", kind="stable")[["step", "snapshot"]].drop_duplicates().values.tolist())
@@ -43,9 +44,22 @@ def plot(table: pd.DataFrame) -> Figure:
         scale = Normalize(0, max(1, num_layers - 1))
         for ax, (step, name) in zip(axes, snapshots, strict=True):
             rows = table[(table["snapshot"] == name) & (table["step"] == step)]
-            for layer, of_layer in rows.groupby("layer"):
-                norms = of_layer.set_index("matrix")["sq_norm"].reindex(matrices) ** 0.5
-                ax.plot(range(len(matrices)), norms, "-o", color=colors(scale(layer)), linewidth=0.8, markersize=2.5)
+            rows = rows.assign(norm=rows["sq_norm"] ** 0.5, place=rows["matrix"].map(matrices.index))
+            sns.lineplot(
+                rows,
+                x="place",
+                y="norm",
+                hue="layer",
+                palette=colors,
+                hue_norm=scale,
+                errorbar=None,
+                legend=False,
+                linewidth=0.8,
+                marker="o",
+                markersize=2.5,
+                markeredgewidth=0,
+                ax=ax,
+            )
             ax.set_yscale("log")
             ax.set_ylabel("gradient norm")
             ax.set_title(s.snapshot_label(name, step), loc="left")

@@ -81,5 +81,11 @@ def plot(table: pd.DataFrame) -> Figure:
             if ax.get_xscale() == "linear":
                 ax.locator_params(axis="x", nbins=4)
             ax.grid(axis="y", visible=False)
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(2, len(handles)))
+        figure.legend(
+            *(list(handles.values()), list(handles)),
+            loc="outside lower center",
+            ncols=min(2, len(handles)),
+            title="left, grey: two standard errors of simulated draws;\nright, lines: 90% of the draws",
+            title_fontsize=6.5,
+        )
     return figure

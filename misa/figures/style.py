@@ -109,10 +109,12 @@ _RC: Any = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's own defaults with this project's settings; what the reader's matplotlibrc says does not count."""
+    """Seaborn's `ticks` for paper with this project's settings; what the reader's matplotlibrc says does not count."""
+    import seaborn as sns
+
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_RC)
+        mpl.rcParams.update({**sns.axes_style("ticks"), **sns.plotting_context("paper"), **_RC})
         yield
 
 

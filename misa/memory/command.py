@@ -36,7 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     from transformers.hf_argparser import HfArgumentParser
 
-    parser = HfArgumentParser(MemoryArguments, prog="python -m misa.memory", description=__doc__.partition("\n\n")[2])
+    from misa.help_text import HelpFormatter
+
+    parser = HfArgumentParser(
+        MemoryArguments,
+        prog="python -m misa.memory",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=HelpFormatter,
+    )
     try:
         (settings,) = parser.parse_args_into_dataclasses(arguments)
         if settings.model is not None:

@@ -1,7 +1,7 @@
 """Fill the generated sections of a Markdown file, so that no number in it is typed by hand.
 
 A section stands between `<!-- generated:NAME -->` and `<!-- /generated:NAME -->`. `times` comes from a file of measured
-times, `config`, `sheet` and `methods` from code and schemas; `figures` are filled in where the documentation is built;
+times, `config`, `sheet` and `methods` from code and schemas, `figures` from the pictures and captions of a checkout;
 every other NAME is the content of `NAME.md` in a folder of tables.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -68,17 +69,17 @@ def update_readme(readme: str | Path, tables_dir: str | Path, times: str | Path,
     Raises:
         ValueError: If a file is missing or the markers do not pair.
     """
-    from misa.results.sections import FIGURES_SECTION, made_section
+    from misa.results.sections import FIGURES_SECTION, figures_section, made_section
 
     readme = Path(readme)
     if not readme.is_file():
         raise ValueError(f"{readme} does not exist")
 
-    def section(name: str) -> str | None:
+    def section(name: str) -> str:
         if name == TIMES_SECTION:
             return times_table(read_times(times))
         if name == FIGURES_SECTION:
-            return None
+            return figures_section(Path(), os.path.relpath("paper_figures", readme.parent))
         if (made := made_section(name, Path())) is not None:
             return made
         path = Path(tables_dir) / f"{name}.md"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ def fill_page(text: str, root: str | Path) -> str:
         if (made := made_section(name, root)) is not None:
             return made
         if name == FIGURES_SECTION:
-            there = {path.stem for path in (root / "paper_figures").glob("*.png")}
-            return figures_section((root / "workflows" / "report" / "figure.rst").read_text(encoding="utf-8"), there)
+            return figures_section(root, "figures", "{ width=480 }")
         table = root / "paper_figures" / "tables" / f"{name}.md"
         if not table.is_file():
             raise ValueError(f"no generated section is called {name}, and {table} does not exist")
@@ -75,18 +74,23 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
-def figures_section(captions: str, there: Container[str]) -> str:
+def figures_section(root: Path, folder: str, size: str = "") -> str:
     """Show every figure with its caption and the table it is drawn from.
 
     Args:
-        captions: The caption file of the report.
-        there: Names of the figures that were drawn; others are left out.
+        root: The checkout, whose figures and captions are shown; those not drawn are left out.
+        folder: Where the figures lie, seen from the page.
+        size: What follows each picture to give its width.
     """
     from misa.figures import FIGURES
 
-    said = dict(_CAPTION.findall(captions))
+    there = {path.stem for path in (root / "paper_figures").glob("*.png")}
+    captions = (root / "workflows" / "report" / "figure.rst").read_text(encoding="utf-8")
+    said: dict[str, str] = {}
+    for name, words in _CAPTION.findall(captions):  # what holds of any run, and then of the committed ones
+        said[name] = said.get(name, "") + words
     return "\n\n".join(
-        f"### {name.replace('_', ' ').capitalize()}\n\n![{name.replace('_', ' ')}](figures/{name}.png){{ width=480 }}"
+        f"### {name.replace('_', ' ').capitalize()}\n\n![{name.replace('_', ' ')}]({folder}/{name}.png){size}"
         f"\n\n{said[name]} Table: `{table}`."
         for name, table in FIGURES.items()
         if name in there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import importlib.util
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
+
+from misa.help_text import HelpFormatter
 
 
 def _option(default: Any, text: str) -> Any:
@@ -70,7 +71,7 @@ class RunOptions:
 class MethodOptions:
     """Which method trains, and its own options; an option left out keeps the method's default."""
 
-    _argument_group_name = "method"
+    _argument_group_name = "method (an option left out keeps the method's default: docs/guide/finetune.md)"
 
     method: str = _option(
         "misa",
@@ -242,20 +243,6 @@ def require_sense(fields: dict[str, Any]) -> None:
         )
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Name each option once, and no default where there is none."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings:
-            return super()._format_action_invocation(action)
-        option = next(option for option in action.option_strings if option.startswith("--"))
-        values = self._format_args(action, "VALUE")
-        return f"{option} {values}" if values else option
-
-
 def parse(
     types: Sequence[type],
     argv: Sequence[str] | None,
@@ -355,4 +342,4 @@ def _parser(types: Sequence[type], **settings: Any) -> Any:
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
-    return Parser(types, allow_abbrev=False, formatter_class=_Formatter, **settings)
+    return Parser(types, allow_abbrev=False, formatter_class=HelpFormatter, **settings)

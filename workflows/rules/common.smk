@@ -180,6 +180,8 @@ def share_out(args, num_processes):
 # What a run is trained on: the text of the scale, its generated questions, or a mix of real sets.
 # However the folder is written, it is the same one, and what was made of it stays.
 DATA_DIR = os.path.realpath(config["data_dir"]) if "data_dir" in config else None
+if DATA_DIR is not None and not os.path.isdir(DATA_DIR):
+    raise WorkflowError(f"data_dir is {config['data_dir']!r}, which is no folder")
 MIXES = config["mixes"]
 BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
 if "data" not in RUNS:
@@ -209,6 +211,10 @@ if config["gpus"] > 1:
 # Real sets lie in a local folder: without one, runs on them are left out.
 LEFT_OUT = RUNS[RUNS["data"].isin(MIXES) & (DATA_DIR is None)]
 RUNS = RUNS.drop(LEFT_OUT.index)
+if RUNS.empty and not CACHED:
+    raise WorkflowError(
+        f"all runs of {sheet_file} train on real sets: name their folder by --config data_dir=FOLDER"
+    )
 for run in config["variance"]["runs"]:
     if run not in set(RUNS["run"]):
         raise WorkflowError(
