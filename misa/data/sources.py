@@ -225,7 +225,12 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
     Raises:
         ValueError: If the file cannot be read, or a record has no instruction.
     """
-    return [question_of(record) for record in _read(numbered_records(path), 0.0, str(path), to_learn=False)]
+    # What is scored needs an answer, and no output to learn.
+    numbered = (
+        (where, {"output": "", **record} if isinstance(record, dict) and "instruction" in record else record)
+        for where, record in numbered_records(path)
+    )
+    return [question_of(record) for record in _read(numbered, 0.0, str(path), to_learn=False)]
 
 
 def read_rows(

@@ -80,6 +80,14 @@ def test_mix_of_the_real_sets_can_be_made(real_data: Path, tmp_path: Path) -> No
     assert len(read_records(tmp_path / "math" / "train.jsonl", ("instruction", "output"))) > 9000
 
 
+def test_records_of_tests_need_no_output(sets: Path, tmp_path: Path) -> None:
+    """Evaluation takes an instruction and an answer."""
+    write_records(sets / "arc_easy_test.jsonl", [{"instruction": "easy 3", "answer": "answer1"}])
+    assert make_mix(tmp_path / "mix", ["arc_easy"], str(sets))
+    questions = [record["instruction"] for record in read_records(tmp_path / "mix" / "train.jsonl", ("answer",))]
+    assert sorted(questions) == sorted(f"easy {i}" for i in range(20) if i != 3)
+
+
 def test_wrong_sets_are_named(sets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="arc_easy, arc_easy; name at least one, and none twice"):
         make_mix(tmp_path / "mix", ["arc_easy", "arc_easy"], str(sets))

@@ -85,6 +85,7 @@ def test_study_of_one_question_has_a_table_and_a_folder_of_its_own(
 
 
 def test_scale_without_pretraining_measures_no_variance(snakemake, repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
     words = ("-n", "--quiet", "rules", "--config", "scale=finetune_rates", "data_dir=sets")
     done = snakemake("all", "paper_figures/data/finetune_rates/settings.csv", *words, folder=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -98,6 +99,7 @@ def test_scale_without_pretraining_measures_no_variance(snakemake, repository: P
 
 
 def test_folder_with_real_sets_adds_its_runs(snakemake, repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "sets").mkdir()
     done = snakemake("-n", "--quiet", "rules", "--config", "scale=workstation", "data_dir=sets", folder=tmp_path)
     assert done.returncode == 0, done.stdout
     rows = sheet(repository, "workstation", with_real_sets=True)
@@ -109,6 +111,19 @@ def test_folder_with_real_sets_adds_its_runs(snakemake, repository: Path, tmp_pa
     assert jobs.get("family", 0) == len(data & {"family"})
     assert {kind: jobs[kind] for kind in kinds} == kinds
     assert jobs["evaluate_finetuned"] == kinds["finetune"] + len(data)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("scale=workstation", "data_dir=nowhere"), "data_dir is 'nowhere', which is no folder"),
+        (("scale=finetune_rates",), "train on real sets: name their folder by --config data_dir=FOLDER"),
+    ],
+)
+def test_real_sets_that_are_not_there_stop_before_any_job(snakemake, tmp_path: Path, words, message: str) -> None:
+    done = snakemake("-n", "--config", *words, folder=tmp_path)
+    assert done.returncode != 0
+    assert message in done.stdout
 
 
 def test_memory_grid_needs_no_run(snakemake, repository: Path, tmp_path: Path) -> None:
