@@ -260,7 +260,7 @@ def _require_vocabulary(parts: Parts) -> None:
     if rows is None:
         return
     special = [i for i in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
-    if (needed := max(tokenizer.vocab_size, *(i + 1 for i in special))) > rows:
+    if (needed := max([tokenizer.vocab_size, *(i + 1 for i in special)])) > rows:
         raise ValueError(f"the tokenizer has {needed} tokens, and the model embeds {rows}: they do not belong together")
 
 
