@@ -83,7 +83,7 @@ class NormSums:
             for block, norm in zip(blocks, norms, strict=True):
                 counts[block] += float(norm) * float(norm)
             return [x**0.5 for x in counts.values()]
-        there = [x.to(device) if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in norms]
+        there = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in norms]
         if tuple(blocks) == self._blocks:  # one gradient each, and none of no block: nothing to sum, fewer kernels
             return torch.stack([*there, self._constants(device)[0]])
         if self._lengths is None or self._num_lengths != len(norms):
@@ -103,7 +103,7 @@ class NormSums:
         if isinstance(norms, list):
             return not math.isfinite(sum(norms)) or bool(overflow)
         if not self._flags:
-            self._flags = [*torch.zeros(NUM_FLAGS, device=norms.device).unbind()]
+            self._flags = [*torch.zeros(NUM_FLAGS, dtype=torch.float32, device=norms.device).unbind()]
         found = self._flags.pop()
         one = self._constants(norms.device)[1]
         torch._amp_foreach_non_finite_check_and_unscale_([norms], found, one)  # a single kernel
@@ -130,7 +130,8 @@ class NormSums:
 
     def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._zero_and_one is None:
-            self._zero_and_one = torch.zeros((), device=device), torch.ones((), device=device)
+            zeros = torch.zeros((), dtype=torch.float32, device=device)
+            self._zero_and_one = zeros, torch.ones_like(zeros)
         return self._zero_and_one
 
     def _count(self, norms: list[float]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,6 +41,24 @@ def make_inner(
     from misa.rounded import RoundedAdamW
 
     return RoundedAdamW(groups, generator=generator, moments=settings.state_format)
+
+
+def warn_if_lost_in_rounding(settings: Settings, lr: float, dtypes: set[torch.dtype]) -> None:
+    """Say that an optimizer that works on low-precision weights as they are loses small updates."""
+    if settings.state_format == "inner" and lr < 1e-4 and dtypes & {torch.bfloat16, torch.float16}:
+        warnings.warn(
+            f"state_format='inner' with lr={lr}: updates smaller than half the spacing of bf16 or fp16 weights, up to "
+            "0.4% of a bf16 weight, are lost; state_format='master' keeps them",
+            stacklevel=5,
+        )
+
+
+def takes_no_closure(inner: Any) -> bool:
+    """Whether an inner optimizer can step on gradients that are there; LBFGS evaluates the model itself."""
+    if not isinstance(inner, type):
+        return True
+    _, *others = inspect.signature(inner.step).parameters.values()  # type: ignore[attr-defined]
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others)
 
 
 def memory_of(weight: Tensor) -> int:

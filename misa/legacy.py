@@ -160,9 +160,11 @@ def _groups(
 
     What is in no group of the base counts to its first; groups with the same settings become one.
     """
-    if isinstance(base, torch.optim.LBFGS) or base.param_groups[0].get("lr") is None:
-        why = "needs a closure" if isinstance(base, torch.optim.LBFGS) else "has no learning rate (lr=None)"
-        raise ValueError(f"base_optimizer: {type(base).__name__} {why}, and cannot be the rule inside a round")
+    if base.param_groups[0].get("lr") is None:
+        name = type(base).__name__
+        raise ValueError(
+            f"base_optimizer: {name} has no learning rate (lr=None), and cannot be the rule inside a round"
+        )
     group_of = {p: group for group in base.param_groups for p in group["params"]}
     found: dict[tuple[Any, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
     for name, p in named:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from misa.distributed.sharded import local_part
 from misa.gradients import Number, gradient_norm
@@ -23,14 +24,18 @@ NamedParameter = tuple[str, nn.Parameter]
 HEADS = frozenset(["score", "classifier", "classification_head", "pre_classifier", "qa_outputs"])
 
 
+# Links of wrappers that stand in the place of a module: of torch.compile and of torch's checkpoint_wrapper.
+_WRAPPED = frozenset(["_orig_mod", "_checkpoint_wrapped_module"])
+
+
 def owner(name: str) -> str:
     """Dotted path of the module that registers a parameter; the name itself at the top."""
     return name.rpartition(".")[0] or name
 
 
 def plain_name(name: str) -> str:
-    """Dotted path without the link that `torch.compile` puts in where it wraps a module."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    """Dotted path without the links that wrappers put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def trainable(source: nn.Module | Iterable[NamedParameter]) -> list[NamedParameter]:
@@ -54,7 +59,13 @@ def trainable(source: nn.Module | Iterable[NamedParameter]) -> list[NamedParamet
         if names.setdefault(name, id(p)) != id(p):
             raise ValueError(f"parameters: two of them have the name {name!r}; give each a name of its own")
         seen.setdefault(id(p), (name, p))
-    return [(n, p) for n, p in seen.values() if p.is_floating_point() and (p.requires_grad or is_frozen_by_us(p))]
+    # A quantized weight of one byte, and the scales beside it, hold no gradient, whatever they say of themselves.
+    quantized = {owner(n) for n, p in seen.values() if p.is_floating_point() and p.dtype.itemsize == 1}
+    return [
+        (n, p)
+        for n, p in seen.values()
+        if p.is_floating_point() and owner(n) not in quantized and (p.requires_grad or is_frozen_by_us(p))
+    ]
 
 
 def is_frozen_by_us(p: nn.Parameter) -> bool:
@@ -85,7 +96,10 @@ class Freezing:
         self._on: set[nn.Parameter] = set()
         for p in params:
             self.set_trainable(p, False)
-        self._handle = None if model is None else model.register_forward_pre_hook(_Strays(self))
+        self._handles: list[Any] = []
+        if model is not None:
+            hooks = model.register_forward_pre_hook(_Strays(self)), model.register_forward_hook(_StraysOfBackward(self))
+            self._handles += hooks
         _living[self._number] = self
         weakref.finalize(optimizer, self.thaw).atexit = False
 
@@ -99,6 +113,12 @@ class Freezing:
         p.requires_grad_(on)
         p._misa_frozen = 0 if on else self._number  # type: ignore[attr-defined]
         (self._on.add if on else self._on.discard)(p)
+
+    def drop_gradients(self) -> None:
+        """Drop what an earlier backward pass has left on what is off: it would count where gradients are clipped."""
+        for p in self._params:
+            if not p.requires_grad:
+                p.grad = None
 
     def switch_off_strays(self) -> None:
         """Switch off again what something else has switched on, and drop its gradient."""
@@ -116,8 +136,8 @@ class Freezing:
                 if not overruled:
                     p.requires_grad_(True)
         self._on.clear()
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         _living.pop(self._number, None)
 
 
@@ -136,11 +156,35 @@ class _Strays:
         if self._freezing is not None and (freezing := self._freezing()) is not None:
             freezing.switch_off_strays()
             return
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
-            del module._forward_pre_hooks[key]
+        self._leave(module._forward_pre_hooks)
+
+    def _leave(self, hooks: dict[int, Any]) -> None:
+        for key in [key for key, hook in hooks.items() if hook is self]:
+            del hooks[key]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Strays, (None,)
+        return type(self), (None,)
+
+
+class _StraysOfBackward(_Strays):
+    """The hook behind the forward pass: what is switched on until the backward pass would spoil recomputed activations.
+
+    Preference tuning runs the model without its adapters between the two, which switches all adapters on.
+    """
+
+    def __call__(self, module: nn.Module, _: Any, output: Any = None) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._freezing is None or self._freezing() is None:
+            self._leave(module._forward_hooks)
+        elif torch.is_grad_enabled():
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(self._before_backward)
+
+    def _before_backward(self, _: Tensor) -> None:
+        if self._freezing is not None and (freezing := self._freezing()) is not None:
+            freezing.switch_off_strays()
 
 
 def kinds(model: nn.Module) -> dict[str, str]:
@@ -206,7 +250,11 @@ class Patterns:
     def wants(self, *paths: str) -> bool:
         """Whether something with these paths is included and not excluded."""
         included = self._include is None or self._matches(self._include, *paths)
-        return not self._matches(self._exclude, *paths) and included
+        return not self.excludes(*paths) and included
+
+    def excludes(self, *paths: str) -> bool:
+        """Whether an exclude pattern matches one of these paths."""
+        return self._matches(self._exclude, *paths)
 
     def included_by_name(self, *paths: str) -> bool:
         """Whether it is wanted because an include pattern asks for it."""
@@ -219,7 +267,8 @@ class Patterns:
                 if pattern not in self._matched:
                     known = sorted({owner(n) for n in names} | set(names))
                     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3)
-                    raise ValueError(f"{field}: pattern {pattern!r} matches no parameter; nearest: {', '.join(near)}")
+                    what = "nothing that can be a block" if field == "include" else "no parameter"
+                    raise ValueError(f"{field}: pattern {pattern!r} matches {what}; nearest: {', '.join(near)}")
 
 
 class Entry:
@@ -297,11 +346,17 @@ class Entry:
 
 def moved(values: dict[str, Any], device: torch.device | str | None, copy: bool = False) -> dict[str, Any]:
     """The state of one parameter with its tensors on another device (None: where they are), or copied in any case."""
-    return {k: v.detach().to(device or v.device, copy=copy) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+    def move(value: Any) -> Any:
+        return value.detach().to(device or value.device, copy=copy) if isinstance(value, Tensor) else value
+
+    return {k: tree_map(move, v) for k, v in values.items()}
 
 
 def num_bytes(value: Any) -> int:
     """Bytes of a tensor that is no scalar, or of the parts of a quantized one; 0 of anything else."""
     if hasattr(value, "__tensor_flatten__"):  # a quantized moment: codes, scales, a table
         return sum(num_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
+    if isinstance(value, list | tuple | dict):
+        return sum(map(num_bytes, tree_leaves(value)))
     return value.numel() * value.element_size() if isinstance(value, Tensor) and value.ndim else 0

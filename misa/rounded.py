@@ -51,7 +51,8 @@ class RoundedAdamW(torch.optim.Optimizer):
         for device in dict.fromkeys(p.device for p in params if not p.is_cpu):
             if device not in self._generators:
                 self._generators[device] = torch.Generator(device)
-            self._generators[device].manual_seed(int(torch.randint(1 << 62, (), generator=self._generator)))
+            seed = torch.randint(1 << 62, (), device="cpu", generator=self._generator)
+            self._generators[device].manual_seed(int(seed))
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -137,10 +138,10 @@ def _zero_code(name: str) -> int:
 
 def _levels(name: str, device: torch.device) -> Tensor:
     """Values of the codes, ascending, the largest 1: equal ratios between them, and zero."""
-    zero = torch.zeros(1, device=device)
+    zero = torch.zeros(1, dtype=torch.float32, device=device)
     if name == "exp_avg_sq":
-        return torch.cat([zero, torch.logspace(-2 * _DECADES, 0, 255, device=device)])
-    positive = torch.logspace(-_DECADES, 0, 127, device=device)
+        return torch.cat([zero, torch.logspace(-2 * _DECADES, 0, 255, dtype=torch.float32, device=device)])
+    positive = torch.logspace(-_DECADES, 0, 127, dtype=torch.float32, device=device)
     return torch.cat([-positive.flip(0), zero, positive])
 
 
@@ -160,7 +161,7 @@ def _encode(value: Tensor, levels: Tensor, is_square: bool, generator: torch.Gen
     low = torch.bucketize(scaled, levels, right=True, out_int32=True).sub_(1).clamp_(0, len(levels) - 2)
     below = levels[low]
     share = (scaled - below).div_(levels[low + 1].sub_(below))
-    noise = torch.rand(share.shape, device=generator.device, generator=generator)
+    noise = torch.rand(share.shape, dtype=torch.float32, device=generator.device, generator=generator)
     codes = low.add_(noise < share)
     if is_square:
         codes = torch.maximum(codes, (scaled > 0).int())

@@ -1,6 +1,6 @@
-"""What is known only when a model runs for the first time: activation checkpointing and `torch.compile`.
+"""What is known only when a model runs: activation checkpointing and `torch.compile`.
 
-A Trainer turns both on after it has made the optimizer.
+A Trainer turns both on after it has made the optimizer, and some turn checkpointing off and on between forward passes.
 """
 
 from __future__ import annotations
@@ -8,22 +8,29 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
+_CHECKPOINTED = "_gradient_checkpointing_func"
+
 
 class FirstForward:
-    """Looks at a model just before its first forward pass, and remembers what it changed.
+    """Looks at a model just before its first forward pass, and again where checkpointing was turned on since.
 
     Args:
         model: The model an optimizer works on.
+        optimizer: Not kept alive; when it is forgotten, or the model copied without it, the hook takes itself away.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizer: object) -> None:
+        self._optimizer: weakref.ref[object] | None = weakref.ref(optimizer)
         self.compiled = ""  # "model" or "layers"
         self._has_warned = False
+        self._candidates: list[nn.Module] | None = None  # modules that may be checkpointed, once the model has run
+        self._seen: list[Any] = []
         self._handle = model.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, _: Any) -> None:
@@ -31,12 +38,26 @@ class FirstForward:
         if torch.compiler.is_compiling():
             self.compiled = "model"
             return
-        self._handle.remove()
-        if any(
-            getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in module.modules()
-        ):
-            self.compiled = "layers"
-        skip_frozen_prefix(module)
+        if self._candidates is None:
+            modules = list(module.modules())
+            if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in modules):
+                self.compiled = "layers"
+            marks = ("gradient_checkpointing", _CHECKPOINTED, "enable_input_require_grads")
+            self._candidates = [m for m in modules if any(hasattr(m, mark) for mark in marks)]
+        if not self._seen or any(a is not b for a, b in zip(self._seen, self._look(), strict=True)):
+            skip_frozen_prefix(module)
+            self._seen = self._look()
+        if self._optimizer is None or self._optimizer() is None:
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is self]:
+                del module._forward_pre_hooks[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_optimizer": None, "_candidates": None, "_seen": []}
+
+    def _look(self) -> list[Any]:
+        """What changes when checkpointing is turned on or off; a few attributes of each module that may have it."""
+        names = (_CHECKPOINTED, "gradient_checkpointing", "_require_grads_hooks")
+        return [getattr(m, name, None) for m in self._candidates or [] for name in names]
 
     def warn_if_compiled(self, num_blocks: int) -> None:
         """Say once, at the end of the first round, what switching blocks means for compiled code.
@@ -95,7 +116,7 @@ def skip_frozen_prefix(model: nn.Module) -> None:
     Args:
         model: Any module.
     """
-    checkpointed = "_gradient_checkpointing_func"
+    checkpointed = _CHECKPOINTED
     if not any(checkpointed in m.__dict__ and getattr(m, "gradient_checkpointing", True) for m in model.modules()):
         return
     for module in model.modules():
@@ -109,12 +130,17 @@ def skip_frozen_prefix(model: nn.Module) -> None:
         for hook in module.__dict__.get("_require_grads_hooks", ()):
             hook.remove()
             module.__dict__["_misa_skips_prefix"] = True
+        if "_misa_skips_prefix" in module.__dict__:  # turned on again, transformers forgets the hooks of before
+            for inner in module.modules():
+                hooks = inner._forward_hooks
+                for key in [k for k, h in hooks.items() if getattr(h, "__name__", "") == "make_inputs_require_grads"]:
+                    del hooks[key]
 
 
 def restore_prefix(model: nn.Module) -> None:
     """Undo `skip_frozen_prefix`: as it was marked and checkpointed before."""
     for module in model.modules():
         if (function := module.__dict__.pop("_misa_reentrant", None)) is not None:
-            module.__dict__["_gradient_checkpointing_func"] = function
+            module.__dict__[_CHECKPOINTED] = function
         if module.__dict__.pop("_misa_skips_prefix", False):
             module.enable_input_require_grads()  # type: ignore[operator]

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa.files import write_text
+
 if TYPE_CHECKING:
     from misa.optimizer.engine import BlockCoordinateOptimizer
 
@@ -66,6 +68,4 @@ class RoundRecord:
                 continue
             if number < num_rounds:
                 kept.append(line)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        write_text(self._path, "".join(f"{line}\n" for line in kept))

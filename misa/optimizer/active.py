@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class ActiveSet:
         self._rounding = rounding
         self._workers = workers
         self._inners: list[Any] = []
+        self.group_state_before: dict[str, Any] = {}  # for the inner optimizer of a round that is continued
         for e in self.entries:
             e.find_local(workers.local_part)
         measures = settings.order == "importance" or settings.step_in_backward
@@ -159,8 +161,22 @@ class ActiveSet:
                     e.saved = None
             if isinstance(inner, FusedAdamW):
                 inner.make_state([e.target for e in entries])
+            for j, group in enumerate(inner.param_groups):
+                group.update(deepcopy(self.group_state_before.get(f"{len(self._inners)}.{j}", {})))
             self._inners.append(inner)
             self._show_state(inner, entries)
+
+    def group_state(self) -> dict[str, Any]:
+        """What an inner optimizer has written into its groups: a count of steps, say; by number of inner and group."""
+        if not self._inners:
+            return self.group_state_before
+        own = {"params", "outer"}
+        return {
+            f"{i}.{j}": {k: v for k, v in group.items() if k not in own | self._groups[group["outer"]].keys()}
+            for i, inner in enumerate(self._inners)
+            for j, group in enumerate(inner.param_groups)
+            if self._settings.inner is not None
+        }
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the inner optimizer takes over from a group: all of it, or lr and decay if it is not one of ours."""

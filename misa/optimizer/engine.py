@@ -16,6 +16,7 @@ from torch import nn
 from misa.distributed.workers import Workers
 from misa.distributed.wrapped import unwrapped
 from misa.gradients import Probe
+from misa.inner import warn_if_lost_in_rounding
 from misa.integration.first_forward import FirstForward, warn_if_unreached
 from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
@@ -39,8 +40,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             its own `lr` or `weight_decay`. From a model, parameters of one dimension get no weight decay.
         settings: How to split, draw and step.
         lr: Learning rate. Default 1e-3.
-        betas: Adam's moment factors. Default (0.9, 0.999).
-        eps: Adam's epsilon. Default 1e-8.
+        betas: Adam's moment factors. Default (0.9, 0.999). Another inner optimizer has its own in `inner_kwargs`.
+        eps: Adam's epsilon. Default 1e-8. As `betas`.
         weight_decay: Decoupled weight decay of active weights. Default 0.
 
     Raises:
@@ -93,9 +94,10 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._off = set(self._owned) - {p for _, p in trained}  # frozen for good
         self._entries: dict[nn.Parameter, Entry] = {}
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        found = {e.param.dtype for e in self._entries.values()} - {torch.bfloat16, torch.float32}
-        if settings.state_format not in ("master", "inner") and found:
-            raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {found}")
+        types = {e.param.dtype for e in self._entries.values()}
+        if settings.state_format not in ("master", "inner") and (left := types - {torch.bfloat16, torch.float32}):
+            raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {left}")
+        warn_if_lost_in_rounding(settings, lr, types)
         self._sampler = make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
         self._round = self._num_steps = self._step_in_round = self._num_idle = 0
         self._workers = Workers(source, settings)
@@ -108,8 +110,9 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         self._freezing = Freezing(self, self._owned, model)
         self._on = self._active_set()
         self._draw()
+        self._freezing.drop_gradients()
         self._model = None if model is None else weakref.ref(model)
-        self._first_forward = None if model is None else FirstForward(model)
+        self._first_forward = None if model is None else FirstForward(model, self)
 
     # ---- what users read -------------------------------------------------------------------------------------------
 
@@ -120,7 +123,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
 
     @property
     def probabilities(self) -> dict[str, float]:
-        """Sampling probability of every block, as used for the current round's draw."""
+        """Sampling probability of every block, as used for the current round's draw; equal if scores do not count."""
         return dict(zip((b.name for b in self.blocks), importance.normalized(self._log_p).tolist(), strict=True))
 
     @property
@@ -175,7 +178,9 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """One optimizer step on the active parameters; the last of a round draws the next blocks.
 
         A step without any gradient changes nothing and is not counted. A step with a NaN or infinite gradient changes
-        no weight and is counted in `num_skipped_steps`. `closure` re-evaluates the model; its loss is returned.
+        no weight and is counted in `num_skipped_steps`; but with `step_in_backward` the finite gradients are applied by
+        then, and the last momentum step of Algorithm 1 is taken in any case. `closure` re-evaluates the model; its loss
+        is returned.
         """
         loss = None
         if closure is not None:
@@ -297,7 +302,9 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Draw the blocks of the next round and switch them on."""
         s = self.settings
         scores = importance.read(self._values, self._counts, s.score)
-        eta = importance.auto_eta(scores, s.effective_share) if s.eta == "auto" else float(s.eta)
+        eta = 0.0
+        if s.order == "importance":
+            eta = importance.auto_eta(scores, s.effective_share) if s.eta == "auto" else float(s.eta)
         self._log_p = importance.log_weights(scores, eta, s.score.clip)  # up to a constant
         drawn = self._workers.draw(self._sampler, self._rounding, self._log_p)
         # A first pass over never-used blocks may end anywhere; the round after it ends at a multiple of the interval.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from misa.inner import takes_no_closure
 from misa.optimizer.blocks import GRANULARITIES, REST_KINDS, Block, least_budget
 from misa.optimizer.importance import ScoreRule
 from misa.optimizer.sampling import ORDERS, BlockSampler
@@ -126,6 +127,8 @@ class Settings:
             raise ValueError(
                 f"state_format={self.state_format!r}: with an inner optimizer of your own, choose 'master' or 'inner'"
             )
+        if not takes_no_closure(self.inner):
+            raise ValueError(f"inner={self.inner!r}: needs a closure, and is given gradients here")
         if self.inner is None and self.state_format == "inner":
             raise ValueError("state_format='inner': needs an inner optimizer, inner=")
         if self.shard_state and (self.inner is not None or self.state_format == "8bit"):

@@ -39,6 +39,8 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
     for e in optimizer._entries.values():
         inner = optimizer.state.get(e.param) or e.saved or {}
         extra = {"master": e.master, "residual": e.residual}
+        if taken := inner.keys() & extra.keys():
+            raise ValueError(f"inner: keeps state under the name {taken.pop()!r}, under which master copies are saved")
         if held := {**inner, **{k: v.detach() for k, v in extra.items() if v is not None}}:
             per_parameter[e.name] = {k: optimizer._workers.like_parameter(v, e.param) for k, v in held.items()}
     name_of = {p: e.name for p, e in optimizer._entries.items()}
@@ -60,6 +62,7 @@ def pack(optimizer: BlockCoordinateOptimizer) -> dict[str, Any]:
         "num_good": optimizer._num_good + num_good,
         "sampler": optimizer._sampler.state_dict(),
         "rounding": optimizer._rounding.get_state(),
+        "inner_groups": optimizer._on.group_state(),
     }
     return {"state": per_parameter, "param_groups": groups, "misa": held_by_us}
 
@@ -103,8 +106,9 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
     optimizer._switch_to(tuple(held["active"]))
     on = dict.fromkeys(optimizer._on.entries)
     optimizer._on.norms.write(held["sums"], held["num_good_in_round"])
+    optimizer._on.group_state_before = held.get("inner_groups", {})
     for e in optimizer._entries.values():
-        device = e.param.device if e in on else None
+        device = "cpu" if e not in on and optimizer.settings.state_policy == "cpu" else e.param.device
         found = saved["state"].get(e.name, {})
         values = moved({k: optimizer._workers.part_for(v, e.param) for k, v in found.items()}, device, copy=True)
         e.master, e.residual = values.pop("master", None), values.pop("residual", None)

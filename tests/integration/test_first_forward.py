@@ -86,7 +86,7 @@ def test_model_without_checkpointing_is_left_alone():
     optimizer = only(model, 1)
     backward(model, 0)
     assert {n: set(vars(m)) for n, m in model.named_modules()} == before
-    assert len(model._forward_pre_hooks) == 1  # that watches what is switched on
+    assert len(model._forward_pre_hooks) == 2  # that watch what is switched on, and checkpointing
     optimizer.release()
     assert not model._forward_pre_hooks
 

@@ -80,7 +80,7 @@ def test_local_folder_of_another_kind_of_model_is_read(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--include", "*.q_prj"], "include: pattern '*.q_prj' matches no parameter; nearest:"),
+        (["--include", "*.q_prj"], "include: pattern '*.q_prj' matches nothing that can be a block; nearest:"),
         (["--budget", "2"], "budget=2.0: must lie in (0, 1]"),
     ],
 )

@@ -213,7 +213,7 @@ def test_with_lora_the_classifier_and_asked_for_embeddings_train_too():
     ("make", "message"),
     [
         (lambda p: Adafactor(p, relative_step=True), "Adafactor has no learning rate"),
-        (lambda p: torch.optim.LBFGS(p), "LBFGS needs a closure"),
+        (lambda p: torch.optim.LBFGS(p), "LBFGS.*needs a closure"),
     ],
 )
 def test_base_that_cannot_be_the_rule_of_a_round_is_refused(make, message):
