@@ -99,7 +99,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {left}")
         warn_if_lost_in_rounding(settings, lr, types)
         self._sampler = make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
-        self._round = self._num_steps = self._step_in_round = self._num_idle = 0
+        self._round = self._num_steps = self._step_in_round = self._num_idle = self._most_numel = 0
         self._workers = Workers(source, settings)
         self._record = None if settings.record is None or self._workers.rank else RoundRecord(settings.record)
         self._scores, self._counts, self._values = np.zeros((3, len(self.blocks)))
@@ -147,6 +147,13 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Number of elements trained in this round, always-on parameters included."""
         return sum(e.param.numel() for e in self._on.entries)
 
+    @property
+    def trained_numel(self) -> dict[str, int]:
+        """Elements that train `now`, at `most` in one round so far, and that have `ever` been drawn or always on."""
+        always = sum(e.param.numel() for e in self._entries.values() if e.block < 0)
+        ever = always + sum(self.blocks[i].numel for i in self._sampler.used)
+        return {"now": self.active_numel, "most": self._most_numel, "ever": ever}
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes held by the optimizer: `master`, `moments`, and on the CPU `residual` and `kept` state.
 
@@ -163,7 +170,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             self._off.difference_update(self.param_groups[-1]["params"])
         number = len(self.param_groups) - 1
         params = self.param_groups[-1]["params"]
-        names = self.param_groups[-1].get("param_names") or [f"group{number}.{i}" for i in range(len(params))]
+        names = self.param_groups[-1]["param_names"]  # torch refuses a group without, where the others have them
         added = [(name, p) for name, p in trainable(zip(names, params, strict=True)) if p not in self._off]
         self._entries |= {p: Entry(name, p, number, self._block_of.get(p, -1)) for name, p in added}
         if hasattr(self, "_on"):
@@ -325,6 +332,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         for e in on:
             self._freezing.set_trainable(e.param, True)
         self._on = self._active_set(on, active)
+        self._most_numel = max(self._most_numel, self.active_numel)
         self._start_probe_if_due()
 
     def _end_round(self) -> None:

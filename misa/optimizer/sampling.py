@@ -66,6 +66,11 @@ class BlockSampler:
         return tuple(i for i, n in enumerate(self._numels) if n > self._max_numel)
 
     @property
+    def used(self) -> list[int]:
+        """Blocks that were drawn at least once."""
+        return [i for i, last in enumerate(self._last_used) if last >= 0]
+
+    @property
     def in_first_pass(self) -> bool:
         """Whether some block that fits was never used and never-used blocks go first."""
         return self.first_pass and any(u < 0 for i, u in enumerate(self._last_used) if self._fits(i))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from misa.optimizer.engine import BlockCoordinateOptimizer
 
 FORMAT = 1
-NUMBERS = ("round", "step_in_round", "num_steps", "round_length")
+NUMBERS = ("round", "step_in_round", "num_steps", "round_length", "most_numel")
 ARRAYS = ("scores", "counts", "log_p")
 
 
@@ -95,7 +95,7 @@ def unpack(optimizer: BlockCoordinateOptimizer, saved: dict[str, Any]) -> None:
     for group, values in both_groups:
         group.update({k: deepcopy(v) for k, v in values.items() if k != "params"})
     for name in NUMBERS:
-        setattr(optimizer, f"_{name}", held[name])
+        setattr(optimizer, f"_{name}", held.get(name, 0))
     for name in ARRAYS:
         setattr(optimizer, f"_{name}", held[name].cpu().numpy().copy())
     both, score = zip(optimizer._scores, optimizer._counts, strict=True), optimizer.settings.score

@@ -251,3 +251,22 @@ def test_record_leaves_files_beside_it_alone(tmp_path):
     train(model, LISA(model, num_blocks=1, interval=1, record=str(tmp_path / "run.jsonl")), 1)
     assert (tmp_path / "run.tmp").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.jsonl", "run.tmp"]
+
+
+def test_numbers_of_what_trains_are_those_of_a_count_by_hand():
+    model = llama(2)
+    optimizer = MISA(model, budget=0.2, interval=2, always_on=("norms",))
+    always = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    assert always > 0
+    sizes, seen = [], set()
+    for step in range(9):
+        on = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+        sizes.append(sum(on.values()))
+        seen |= set(on)
+        ever = sum(p.numel() for n, p in model.named_parameters() if n in seen)
+        assert optimizer.trained_numel == {"now": sizes[-1], "most": max(sizes), "ever": ever}
+        train(model, optimizer, 1, first=step)
+    twin = llama(2)
+    other = MISA(twin, budget=0.2, interval=2, always_on=("norms",))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.trained_numel == optimizer.trained_numel
