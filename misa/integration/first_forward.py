@@ -30,7 +30,7 @@ class FirstForward:
         self.compiled = ""  # "model" or "layers"
         self._has_warned = False
         self._candidates: list[nn.Module] | None = None  # modules that may be checkpointed, once the model has run
-        self._seen: list[Any] = []
+        self._seen: list[Any] | None = None
         self._handle = model.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, _: Any) -> None:
@@ -44,7 +44,7 @@ class FirstForward:
                 self.compiled = "layers"
             marks = ("gradient_checkpointing", _CHECKPOINTED, "enable_input_require_grads")
             self._candidates = [m for m in modules if any(hasattr(m, mark) for mark in marks)]
-        if not self._seen or any(a is not b for a, b in zip(self._seen, self._look(), strict=True)):
+        if self._seen is None or any(a is not b for a, b in zip(self._seen, self._look(), strict=True)):
             skip_frozen_prefix(module)
             self._seen = self._look()
         if self._optimizer is None or self._optimizer() is None:
@@ -52,12 +52,12 @@ class FirstForward:
                 del module._forward_pre_hooks[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_optimizer": None, "_candidates": None, "_seen": []}
+        return vars(self) | {"_optimizer": None, "_candidates": None, "_seen": None}
 
     def _look(self) -> list[Any]:
-        """What changes when checkpointing is turned on or off; a few attributes of each module that may have it."""
+        """What changes when checkpointing is turned on or off: own attributes of each module that may have it."""
         names = (_CHECKPOINTED, "gradient_checkpointing", "_require_grads_hooks")
-        return [getattr(m, name, None) for m in self._candidates or [] for name in names]
+        return [vars(m).get(name) for m in self._candidates or [] for name in names]
 
     def warn_if_compiled(self, num_blocks: int) -> None:
         """Say once, at the end of the first round, what switching blocks means for compiled code.
