@@ -77,14 +77,17 @@ class NormSums:
             blocks: The block of every gradient.
             norms: Their norms, in the same order.
         """
-        counts = dict.fromkeys((*self._blocks, -1), 0.0)
+        one_each = tuple(blocks) == self._blocks  # and none of no block: nothing to sum
         device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
+        if device is None and one_each:
+            return [*map(float, norms), 0.0]
+        counts = dict.fromkeys((*self._blocks, -1), 0.0)
         if device is None:
             for block, norm in zip(blocks, norms, strict=True):
                 counts[block] += float(norm) * float(norm)
             return [x**0.5 for x in counts.values()]
         there = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in norms]
-        if tuple(blocks) == self._blocks:  # one gradient each, and none of no block: nothing to sum, fewer kernels
+        if one_each:  # fewer kernels
             return torch.stack([*there, self._constants(device)[0]])
         if self._lengths is None or self._num_lengths != len(norms):
             for block in blocks:
