@@ -26,7 +26,7 @@ def test_patterns_say_which_matrices_train(
     assert moved
     assert all(".self_attn." in name or name.endswith(("gate_proj.weight", "up_proj.weight")) for name in moved)
     for wrong, message in (
-        ({"include": "*.attn.*"}, "include: pattern '*.attn.*' matches nothing that can be a block; nearest: model.layers."),
+        ({"include": "*.attn.*"}, "include: pattern '*.attn.*' matches nothing that can be a block; nearest: model."),
         ({"budget": 1e-6}, "budget=1e-06: no block fits into 0 of"),
     ):
         capsys.readouterr()
