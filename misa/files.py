@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +32,42 @@ def fingerprint(path: str | Path) -> list[int]:
         while chunk := stream.read(2**22):
             checksum, length = zlib.crc32(chunk, checksum), length + len(chunk)
     return [length, checksum]
+
+
+# The list of a folder's files, written last.
+SEAL_FILE = "complete.json"
+
+
+def seal(folder: Path) -> None:
+    """Write the list of a folder's files with size and checksum, which says that it is whole."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE)
+    listed = {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+    write_text(folder / SEAL_FILE, json.dumps(listed, indent=1) + "\n")
+
+
+def broken(folder: Path, required: Iterable[str] = ()) -> str | None:
+    """Say what is wrong with a folder that was to be sealed.
+
+    Args:
+        folder: The folder.
+        required: Files that must be in its list; of some joined by "|", one.
+
+    Returns:
+        The fault in words, or None if every file is there as it was written.
+    """
+    try:
+        files = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
+        for name, written in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if fingerprint(folder / name) != written:
+                return f"{name} was cut or changed"
+    except FileNotFoundError:
+        return f"{SEAL_FILE} is missing, so it was never finished"
+    except (ValueError, AttributeError):
+        return f"{SEAL_FILE} is damaged"
+    missing = [names for names in required if not any(name in files for name in names.split("|"))]
+    return f"{', '.join(names.split('|')[0] for names in missing)} was not saved" if missing else None
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -120,15 +157,14 @@ _STALE_S = 24 * 3600
 
 
 @contextmanager
-def new_cache_entry(path: str | Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
-    """Fill a folder that several processes may make at the same time, each with the same content.
+def new_cache_entry(path: str | Path) -> Iterator[Path]:
+    """Fill and seal a folder that several processes may make at the same time, each with the same content.
 
     Each fills a folder of its own and renames it at the end. Whoever comes second finds the name taken and throws its
-    copy away; a folder under that name that is not whole gives way instead.
+    copy away; a broken folder under that name gives way instead.
 
     Args:
         path: The folder to make.
-        is_whole: Says of a folder whether it is complete and undamaged.
 
     Yields:
         The temporary folder, empty, to be filled by the caller.
@@ -146,12 +182,13 @@ def new_cache_entry(path: str | Path, is_whole: Callable[[Path], bool]) -> Itera
     partial.mkdir()
     try:
         yield partial
-        if path.exists() and not is_whole(path):
+        seal(partial)
+        if path.exists() and broken(path):
             path.rename(damaged)
         try:
             partial.rename(path)
         except OSError:
-            if not is_whole(path):
+            if broken(path):
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

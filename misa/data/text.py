@@ -13,8 +13,8 @@ from typing import Any
 from misa.data.corpus import Blocks, cut_blocks, token_stream, train_tokenizer
 from misa.data.packing import IGNORED
 from misa.data.records import DOCUMENT_SUFFIXES, SUFFIXES, files_digest, find_split, read_records, surely_a_path
-from misa.data.tokens import cached_tokens, is_whole, mark_whole, tokenizer_digest
-from misa.files import new_cache_entry
+from misa.data.tokens import cached_tokens, tokenizer_digest
+from misa.files import broken, new_cache_entry
 
 # The pre-training set of the published runs, and the tokenizer they used with it.
 C4 = ("allenai/c4", "en", "google-t5/t5-base")
@@ -184,12 +184,11 @@ def tokenizer_for(documents: Documents, vocab_size: int, tokenized_dir: Path) ->
         raise ValueError(f"vocab_size is {vocab_size}, allowed is 300 or more")
     name = hashlib.sha256(f"{documents.digest} {vocab_size}".encode()).hexdigest()[:32]
     folder = tokenized_dir / f"tokenizer-{name}"
-    if not is_whole(folder):
+    if broken(folder):
         tokenizer = train_tokenizer(documents.texts, vocab_size)
         try:
-            with new_cache_entry(folder, is_whole) as partial:
+            with new_cache_entry(folder) as partial:
                 tokenizer.save_pretrained(partial)
-                mark_whole(partial)
         except OSError as error:
             raise ValueError(
                 f"tokenized_dir is {str(tokenized_dir)!r}, and must keep the tokenizer: {error}"

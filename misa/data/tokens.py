@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from misa.files import fingerprint, new_cache_entry, write_text
+from misa.files import broken, new_cache_entry, write_text
 
 logger = logging.getLogger(__name__)
-
-# Says that an entry is whole: sizes and checksums of its files.
-COMPLETE_FILE = "complete.json"
 
 _ROWS_AT_ONCE = 10_000
 
@@ -66,10 +63,9 @@ def cached_tokens(
         return found
     made = _table(make())
     try:
-        with new_cache_entry(entry, is_whole) as partial:
+        with new_cache_entry(entry) as partial:
             _save(made, partial)
             write_text(partial / "key.json", json.dumps(key, indent=1, sort_keys=True) + "\n")
-            mark_whole(partial)
     except OSError as error:
         logger.info("tokens are not kept: %s", error)
     return made
@@ -104,24 +100,7 @@ def _load(entry: Path) -> Any:
 
     if not entry.is_dir():
         return None
-    if is_whole(entry):
+    if (problem := broken(entry)) is None:
         return datasets.load_from_disk(str(entry))
-    logger.warning("%s is damaged; tokenizing again", entry)
+    logger.warning("%s is damaged; tokenizing again (%s)", entry, problem)
     return None
-
-
-def mark_whole(folder: Path) -> None:
-    """Write down, last, what `is_whole` compares a folder with."""
-    write_text(folder / COMPLETE_FILE, json.dumps(_fingerprints(folder)) + "\n")
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether all files of a folder are as they were when `mark_whole` was called."""
-    try:
-        return json.loads((folder / COMPLETE_FILE).read_text(encoding="utf-8")) == _fingerprints(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def _fingerprints(folder: Path) -> dict[str, list[int]]:
-    return {path.name: fingerprint(path) for path in sorted(folder.iterdir()) if path.name != COMPLETE_FILE}

@@ -168,14 +168,13 @@ class ActiveSet:
 
     def group_state(self) -> dict[str, Any]:
         """What an inner optimizer has written into its groups: a count of steps, say; by number of inner and group."""
-        if not self._inners:
+        if not self._inners or self._settings.inner is None:
             return self.group_state_before
         own = {"params", "outer"}
         return {
             f"{i}.{j}": {k: v for k, v in group.items() if k not in own | self._groups[group["outer"]].keys()}
             for i, inner in enumerate(self._inners)
             for j, group in enumerate(inner.param_groups)
-            if self._settings.inner is not None
         }
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.verb == "collect":
-        from misa.results.collect import run
+        from misa.results.store import run
 
         _print(run(options.results, options.output_dir, add=options.add, replace=options.replace))
     elif options.verb == "tables":

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misa.files import sha256_file, write_text
 from misa.results.io import RESULT_FILE, read_curves, read_result
 
 if TYPE_CHECKING:
@@ -19,7 +14,6 @@ if TYPE_CHECKING:
 
     from misa.results.schema import Result
 
-MANIFEST_FILE = "MANIFEST.json"
 _RUN_COLUMNS = ("run", "kind", "method", "seed", "model", "data")
 #: Columns of each table. `runs` has further ones, from the metrics, peaks and timings of its runs.
 TABLES: dict[str, tuple[str, ...]] = {
@@ -46,14 +40,14 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 # Tables that the command which measured them writes beside its result, whose rows do not name it: kind of the result,
 # and the columns that were measured. The others say what was measured, which no two rows share.
-_COPIED: dict[str, tuple[str, frozenset[str]]] = {
+COPIED: dict[str, tuple[str, frozenset[str]]] = {
     "memory": ("memory", frozenset(["bytes"])),
     "variance": ("variance", frozenset(["value"])),
     "gradient_norms": ("variance", frozenset(["numel", "sq_norm", "noise"])),
     "staleness": ("variance", frozenset(["value"])),
     "rate": ("rate", frozenset(["lr", "mean_sq_norm"])),
 }
-_MEASUREMENTS = frozenset(kind for kind, _ in _COPIED.values())
+MEASUREMENTS = frozenset(kind for kind, _ in COPIED.values())
 
 
 @dataclass(frozen=True)
@@ -126,21 +120,21 @@ def collect(found: Sequence[Found]) -> dict[str, pd.DataFrame]:
             rows["convergence"] += _curve_rows(item)
         if result.kind == "evaluate":
             rows["scores"] += _score_rows(result)
-        for table, (kind, _) in _COPIED.items():
+        for table, (kind, _) in COPIED.items():
             if result.kind == kind:
                 rows[table] += _copied_rows(item.folder / f"{table}.csv", TABLES[table])
     # An explicit order of columns, so that a table without rows has them too.
     tables = {name: pd.DataFrame(rows[name], columns=_columns(name, rows[name])) for name in TABLES}
     for name, table in tables.items():
-        _require_distinct(name, table)
+        require_distinct(name, table)
     return tables
 
 
-def _require_distinct(name: str, table: pd.DataFrame) -> None:
+def require_distinct(name: str, table: pd.DataFrame) -> None:
     """Refuse a table of measurements in which one was taken twice: figures would add the two up."""
-    if name not in _COPIED:
+    if name not in COPIED:
         return
-    told = [column for column in TABLES[name] if column in table and column not in _COPIED[name][1]]
+    told = [column for column in TABLES[name] if column in table and column not in COPIED[name][1]]
     twice = table[table.duplicated(told)]
     if len(twice):
         which = ", ".join(f"{column} {value}" for column, value in twice.iloc[0][told].items())
@@ -163,145 +157,6 @@ def digest_warnings(found: Sequence[Found]) -> list[str]:
         return []
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return [f"package digest {digest[:12]}: {', '.join(runs)}" for digest, runs in ordered]
-
-
-def write_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: str | Path) -> list[Path]:
-    """Write each table as CSV, and `MANIFEST.json`, which says by digest what they hold and from which runs they come.
-
-    The same results give the same bytes.
-
-    Args:
-        tables: From `collect`.
-        found: The results they were collected from.
-        folder: Folder to write, made if needed.
-
-    Returns:
-        The paths written, the manifest last.
-    """
-    folder = Path(folder)
-    paths = [
-        write_text(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-        for name, table in tables.items()
-    ]
-    manifest = {
-        "tables": {path.name: {"sha256": sha256_file(path), "rows": len(tables[path.stem])} for path in paths},
-        "runs": [_manifest_row(item.result) for item in found],
-    }
-    return [*paths, write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")]
-
-
-def add_to_tables(
-    tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: str | Path, *, replace: bool = False
-) -> list[Path]:
-    """Add rows to the tables of a folder, whose own results need not be at hand; its other rows stay as they are.
-
-    Args:
-        tables: From `collect`; those that the folder does not hold are left out.
-        found: The results they were collected from.
-        folder: Folder with tables and their `MANIFEST.json`.
-        replace: Put results in the place of those of the same kind and name; a measurement only where it is the one of
-            its kind. Default False.
-
-    Returns:
-        The paths written, the manifest last.
-
-    Raises:
-        ValueError: If the folder has no manifest, a table is not the one that the manifest describes, or a run is
-            there already and not to be replaced; but a run may be scored on further tasks. If scores to be replaced
-            are on more tasks than those given, or a measurement would be there twice.
-    """
-    import pandas as pd
-
-    folder = Path(folder)
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: only tables that were collected can be added to")
-    manifest = _read_manifest(path)
-    there = Counter((run["kind"], run["run"]) for run in manifest["runs"])
-    of_kind = Counter(run["kind"] for run in manifest["runs"])
-    gone = {_key(item.result) for item in found} if replace else set()
-    for item in found:
-        kind, name = item.result.kind, item.result.run
-        if there[kind, name] and kind in _MEASUREMENTS and (not replace or of_kind[kind] > 1):
-            raise ValueError(f"{folder} holds the result {name} of kind {kind} already, whose rows do not name it")
-        if there[kind, name] > 1 and replace:
-            raise ValueError(
-                f"{folder} holds {there[kind, name]} results of kind {kind} called {name}: which to replace?"
-            )
-        if there[kind, name] and kind != "evaluate" and not replace:
-            raise ValueError(f"{folder} holds the run {name} of kind {kind} already")
-    texts = {}
-    for name, described in manifest["tables"].items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != described["sha256"]:
-            raise ValueError(f"{folder / name} is not the table that {path} describes")
-        added = tables[Path(name).stem].to_csv(index=False, lineterminator="\n")
-        # As text, so that no digit changes.
-        old, new = (pd.read_csv(text, dtype=str, keep_default_na=False) for text in (folder / name, StringIO(added)))
-        if name == "scores.csv":
-            again = set(zip(new["run"], new["task"], strict=True)) & set(zip(old["run"], old["task"], strict=True))
-            if again and not replace:
-                tasks = ", ".join(sorted({task for _, task in again}))
-                raise ValueError(f"{folder} holds scores of the same run on {tasks} already")
-            old = old[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
-            scored = {_scored_run(i.result) for i in found if i.result.kind == "evaluate" and _key(i.result) in there}
-            if replace and (left := sorted(set(old["task"][old["run"].isin(scored)]))):
-                raise ValueError(
-                    f"{folder} holds scores on {', '.join(left)}, too, of what is to be replaced, which would be left "
-                    "without their origin; give results on all these tasks"
-                )
-        elif any(there[key] and key[0] == _COPIED.get(Path(name).stem, ("",))[0] for key in gone):
-            old = new.iloc[:0]  # also where its columns have changed since
-        elif gone and {"kind", "run"} <= set(old):
-            old = old[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
-        table = pd.concat([old, new], ignore_index=True)
-        _require_distinct(Path(name).stem, table)
-        texts[name] = table.to_csv(index=False, lineterminator="\n"), len(table)
-    paths = [write_text(folder / name, text) for name, (text, _) in texts.items()]
-    manifest["tables"] = {path.name: {"sha256": sha256_file(path), "rows": texts[path.name][1]} for path in paths}
-    manifest["runs"] = [run for run in manifest["runs"] if (run["kind"], run["run"]) not in gone]
-    manifest["runs"] += [_manifest_row(item.result) for item in found]
-    return [*paths, write_text(path, json.dumps(manifest, indent=2) + "\n")]
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of tables, with what is read of it in its place."""
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = [(run["kind"], run["run"]) for run in manifest["runs"]]
-        known += [(TABLES[Path(name).stem], table["sha256"]) for name, table in manifest["tables"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no manifest of collected tables ({type(error).__name__}: {error})") from error
-    return manifest
-
-
-def _key(result: Result) -> tuple[str, str]:
-    return result.kind, result.run
-
-
-def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, replace: bool = False) -> list[Path]:
-    """Collect results into tables; warn on standard error if they come from different code.
-
-    Args:
-        paths: See `find_results`.
-        folder: Folder to write.
-        add: Add to the tables that are there, instead of writing them anew. Default False.
-        replace: The same, in the place of runs of the same name. Default False.
-
-    Returns:
-        The paths written.
-
-    Raises:
-        ValueError: See `find_results`, `collect` and `add_to_tables`.
-    """
-    found = find_results(paths)
-    warnings = digest_warnings(found)
-    if warnings:
-        print("warning: these results were made by different versions of the package:", file=sys.stderr)
-        for warning in warnings:
-            print(f"  {warning}", file=sys.stderr)
-    if add or replace:
-        return add_to_tables(collect(found), found, folder, replace=replace)
-    return write_tables(collect(found), found, folder)
 
 
 def _run_row(result: Result) -> dict[str, Any]:
@@ -341,7 +196,7 @@ def _curve_rows(item: Found) -> list[Mapping[str, Any]]:
     return [columns | point.model_dump() for point in points]
 
 
-def _scored_run(result: Result) -> str:
+def scored_run(result: Result) -> str:
     """The run whose model was scored; the base model has only the evaluation's own name."""
     return result.config.get("base_run") or result.run
 
@@ -355,7 +210,7 @@ def _score_rows(result: Result) -> list[Mapping[str, Any]]:
             continue  # sizes and errors are no scores; they stand beside one
         rows.append(
             {
-                "run": _scored_run(result),
+                "run": scored_run(result),
                 "method": result.method,
                 "seed": result.seed,
                 "task": task,
@@ -391,18 +246,3 @@ def _columns(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
-
-
-def _manifest_row(result: Result) -> dict[str, Any]:
-    origin = result.provenance
-    return {
-        "run": result.run,
-        "kind": result.kind,
-        "created": origin.created,
-        "package_digest": origin.package_digest,
-        "commit": origin.commit,
-        "dirty": origin.dirty,
-        "data_digest": origin.data_digest,
-        "versions": origin.versions,
-        "machine": origin.machine.model_dump(),
-    }

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from misa.files import write_text
 from misa.results.ablation import ablation_table
-from misa.results.collect import MANIFEST_FILE
 from misa.results.overview import read_overview
 from misa.results.paired import paired_table
 from misa.results.published import published_table
+from misa.results.store import MANIFEST_FILE
 from misa.results.tables import SCORE_TABLES, Cell, cell_text, read_tidy, score_table, write_table
 from misa.results.tuning import tuning_table
 

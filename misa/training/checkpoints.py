@@ -9,12 +9,9 @@ import re
 import shutil
 from pathlib import Path
 
-from misa.files import fingerprint, write_text
+from misa.files import broken
 
 logger = logging.getLogger(__name__)
-
-# The list of files, written last. A folder without it was never finished.
-MANIFEST_FILE = "complete.json"
 
 # Which run the checkpoints in a folder belong to.
 RUN_FILE = "run.json"
@@ -22,47 +19,14 @@ RUN_FILE = "run.json"
 # Where a checkpoint is written before it gets its name.
 STAGING_FOLDER = ".misa-saving"
 
-# Without these a run could continue, but not as the same run.
-REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-
-# Random state: of a process that was alone, or of the first of several.
-RANDOM_FILES = ("rng_state.pth", "rng_state_0.pth")
-
-
-def seal(checkpoint: Path) -> None:
-    """Write the list of a checkpoint's files with size and checksum.
-
-    Args:
-        checkpoint: Folder of a checkpoint whose files are all written.
-    """
-    files = {path.relative_to(checkpoint).as_posix(): fingerprint(path) for path in _files(checkpoint)}
-    write_text(checkpoint / MANIFEST_FILE, json.dumps(files, indent=1) + "\n")
+# Without these a run could continue, but not as the same run. Random state is that of a process that was alone, or of
+# the first of several.
+REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth|rng_state_0.pth")
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint.
-
-    Args:
-        checkpoint: Folder of a checkpoint.
-
-    Returns:
-        The fault in words, or None if every file is there as it was written.
-    """
-    try:
-        files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, written in files.items():
-            if not (checkpoint / name).is_file():
-                return f"{name} is missing"
-            if fingerprint(checkpoint / name) != written:
-                return f"{name} was cut or changed"
-    except FileNotFoundError:
-        return f"{MANIFEST_FILE} is missing, so it was never finished"
-    except (ValueError, AttributeError):
-        return f"{MANIFEST_FILE} is damaged"
-    missing = [name for name in REQUIRED_FILES if name not in files]
-    if not any(name in files for name in RANDOM_FILES):
-        missing.append(RANDOM_FILES[0])
-    return f"{', '.join(missing)} was not saved" if missing else None
+    """Say what is wrong with a checkpoint, or return None if every file is there as it was written."""
+    return broken(checkpoint, REQUIRED_FILES)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -122,10 +86,6 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         # It would count as the newest one when old checkpoints are removed.
         shutil.rmtree(checkpoint)
     return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
 
 
 def _fault_of_best(checkpoint: Path) -> str | None:

@@ -29,7 +29,8 @@ from misa.results import (
     write_result,
 )
 from misa.training import folders
-from misa.training.checkpoints import found_again, latest_checkpoint, remove_checkpoints, step_of
+from misa.training.checkpoints import checkpoints, found_again, latest_checkpoint, remove_checkpoints, step_of
+from misa.training.checks import check_parts, check_schedule, require_one_pass
 from misa.training.curves import curve_points, mean_loss
 from misa.training.errors import DivergedError
 from misa.training.identity import matters
@@ -162,7 +163,7 @@ def _begin(job: Job, lock: FolderLock) -> Result | tuple[Parts, Any, Any, Any]:
     is_own = on_first(lambda: folders.owns_checkpoints(job, scratch))
     on_first(lambda: folders.spare_strangers(job, output, scratch))
     prepared = _prepare(job)
-    if job.run.is_checkpoint():
+    if job.run.is_checkpoint() and not (is_own and checkpoints(scratch)):  # else it has begun and goes on by itself
         folders.check_rest(Path(str(job.run.continue_from)), prepared[2])
     on_first(lambda: folders.take(job, output, scratch, is_own))
     return prepared
@@ -189,7 +190,6 @@ def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> R
 def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from transformers import set_seed
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
-    from transformers.trainer_utils import has_length
 
     from misa.methods import build
     from misa.training.memory import MemoryWatch, apply_levers, chosen_options
@@ -199,18 +199,10 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from misa.training.trainer import Schedule, Trainer
 
     arguments = job.training
-    snapshot_steps(job.run.snapshot_steps, arguments.max_steps)
+    snapshot_steps(job.run.snapshot_steps, arguments.max_steps)  # as far as it can be told before loading
     parts = job.make()
-    if parts.eval_dataset is None and (arguments.eval_strategy != "no" or arguments.eval_on_start):
-        strategy = getattr(arguments.eval_strategy, "value", arguments.eval_strategy)
-        asked = "eval_on_start is True" if strategy == "no" else f"eval_strategy is {strategy}"
-        raise ValueError(f"{asked}, but nothing is held out: give validation_samples")
-    _require_vocabulary(parts)
-    if arguments.dataloader_drop_last and has_length(parts.train_dataset):
-        at_once = arguments.train_batch_size * arguments.world_size
-        if (num := len(parts.train_dataset)) < at_once:
-            raise ValueError(f"dataloader_drop_last: {num} training sequences make no batch of {at_once}")
-    _check_schedule(arguments)
+    check_parts(parts, arguments)
+    check_schedule(arguments)
     plan = apply_levers(job, parts.model)
     # What a method draws for itself, such as the start of its adapters.
     set_seed(arguments.seed)
@@ -225,7 +217,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         options=job.method.given() | chosen_options(plan),
     )
     if built.steps_in_backward:
-        _require_one_pass(job.method.method, arguments)
+        require_one_pass(job.method.method, arguments)
     logger.info("%s: %s", job.method.method, built.description)
     meter = Meter()
     trainer = Trainer(
@@ -251,48 +243,6 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
         trainer.add_callback(Snapshots(Path(job.run.output_dir) / folders.SNAPSHOTS_FOLDER, steps, parts.tokenizer))
     trainer.add_callback(Progress(meter, bar=False if arguments.disable_tqdm else None))
     return parts, built, trainer, meter
-
-
-def _require_vocabulary(parts: Parts) -> None:
-    """Refuse a tokenizer that knows more tokens than the model; those that were added to it may never occur."""
-    tokenizer, embeddings = parts.tokenizer, parts.model.get_input_embeddings()
-    rows = getattr(embeddings, "num_embeddings", None)
-    if rows is None:
-        return
-    special = [i for i in (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
-    if (needed := max([tokenizer.vocab_size, *(i + 1 for i in special)])) > rows:
-        raise ValueError(f"the tokenizer has {needed} tokens, and the model embeds {rows}: they do not belong together")
-
-
-def _check_schedule(arguments: Any) -> None:
-    """Make the schedule of the learning rate once, for what is wrong with it is found nowhere else before training."""
-    import torch
-    from transformers import get_scheduler
-
-    nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
-    kind, settings = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
-    try:
-        get_scheduler(kind, nothing, num_warmup_steps=0, num_training_steps=10, scheduler_specific_kwargs=settings)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"lr_scheduler_type is {getattr(kind, 'value', kind)}, lr_scheduler_kwargs {settings}: {error}"
-        ) from error
-
-
-def _require_one_pass(method: str, arguments: Any) -> None:
-    """Refuse what cannot be had where gradients are applied and freed in the backward pass."""
-    if arguments.world_size > 1 and method == "galore_layerwise":
-        raise ValueError(f"method {method} applies gradients before processes have exchanged them; use galore")
-    reason = f"method {method} applies each gradient in the backward pass, so"
-    if arguments.gradient_accumulation_steps > 1:
-        raise ValueError(
-            f"{reason} gradients cannot be accumulated: gradient_accumulation_steps is "
-            f"{arguments.gradient_accumulation_steps}, allowed is 1"
-        )
-    if arguments.max_grad_norm:
-        raise ValueError(
-            f"{reason} they cannot be clipped together: max_grad_norm is {arguments.max_grad_norm}, allowed is 0"
-        )
 
 
 def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:

@@ -17,8 +17,8 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from misa.data.packing import IGNORED
 from misa.data.sampling import SeededSampler
-from misa.files import write_text
-from misa.training.checkpoints import STAGING_FOLDER, found_again, seal
+from misa.files import seal, write_text
+from misa.training.checkpoints import STAGING_FOLDER, found_again
 from misa.training.errors import DivergedError
 from misa.training.meter import unwrapped
 

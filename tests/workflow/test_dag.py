@@ -216,6 +216,9 @@ def test_all_that_the_report_shows_is_planned(snakemake, repository: Path, tmp_p
 def test_every_figure_has_a_caption(repository: Path) -> None:
     captions = (repository / "workflows" / "report" / "figure.rst").read_text()
     assert set(re.findall(r'^  "(\w+)": "', captions, re.MULTILINE)) == set(FIGURES)
+    others = list((repository / "workflows" / "report").glob("*.rst"))
+    assert len(others) > 5
+    assert not [path.name for path in others if len(path.read_text().split()) < 10]
 
 
 def test_cached_cannot_freeze(snakemake, tmp_path: Path) -> None:
