@@ -324,10 +324,11 @@ def require_reporters(training: Any) -> None:
             raise ValueError(
                 f"report_to is {name!r}, which is not installed: pip install {names[0]}, or --report_to none"
             )
-    from transformers.integrations import get_available_reporting_integrations
+    if others := set(training.report_to) - packages.keys():
+        from transformers.integrations import get_available_reporting_integrations
 
-    if missing := [n for n in training.report_to if n not in {*packages, *get_available_reporting_integrations()}]:
-        raise ValueError(f"report_to is {missing[0]!r}, which is not installed; --report_to none goes without")
+        if missing := sorted(others - set(get_available_reporting_integrations())):
+            raise ValueError(f"report_to is {missing[0]!r}, which is not installed; --report_to none goes without")
     if "wandb" in training.report_to and training.project != "huggingface":
         # wandb reads its project from here alone.
         os.environ["WANDB_PROJECT"] = training.project
