@@ -19,6 +19,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "exclude": (),
     "always_on": (),
     "always_on_lr": None,
+    "round_warmup": None,
     "state_policy": None,
     "state_format": "master",
     "residual": "cpu",

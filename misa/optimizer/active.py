@@ -36,6 +36,7 @@ class ActiveSet:
     ) -> None:
         self.entries = list(entries)
         self.norms = NormSums(blocks, settings.score.squared)
+        self.lr_factor = 1.0  # of the learning rates of the groups
         self.unscale: Number = 1.0  # what turned the last step's measured norms into those of the gradients
         self._settings = settings
         self._groups = groups
@@ -186,6 +187,8 @@ class ActiveSet:
     def _run(self, inner: Any, entries: list[Entry], bad: Tensor | bool, scale: Tensor | None) -> None:
         for group in inner.param_groups:  # learning rate, decay and so on, as the schedulers left them
             for name, value in self._hyperparameters(self._groups[group["outer"]]).items():
+                if name == "lr":
+                    value = value * self.lr_factor
                 if isinstance(group.get(name), Tensor):  # an inner optimizer of compiled code wants to keep its own
                     group[name].fill_(value)
                 else:

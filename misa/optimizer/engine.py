@@ -209,6 +209,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if self._step_in_round >= self._round_length:
             self._end_round()
         else:
+            self._on.lr_factor = self._lr_factor
             self._start_probe_if_due()
         return loss
 
@@ -332,8 +333,14 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         for e in on:
             self._freezing.set_trainable(e.param, True)
         self._on = self._active_set(on, active)
+        self._on.lr_factor = self._lr_factor
         self._most_numel = max(self._most_numel, self.active_numel)
         self._start_probe_if_due()
+
+    @property
+    def _lr_factor(self) -> float:
+        """Of the next step: below 1 in the warm-up of the round."""
+        return min(1.0, (self._step_in_round + 1) / (self.settings.round_warmup + 1))
 
     def _end_round(self) -> None:
         """Finish the inner rule, update the scores, draw again, and free what went off."""

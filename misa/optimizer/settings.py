@@ -36,6 +36,9 @@ class Settings:
             paper's delta, in (0, 1].
         num_blocks: Number of blocks drawn, instead of a budget.
         interval: Steps in a round (the paper's T).
+        round_warmup: First steps of every round at a lower learning rate: step t of them at t / (round_warmup + 1) of
+            its own. 0 (the published methods) takes full steps at once, and as Adam's first step on new moments has
+            full size whatever the gradient, so has the first step of each round.
         eta: Sharpness of the softmax over scores, not negative; 0 is uniform; `"auto"` keeps the effective number of
             blocks at `effective_share`, in (0, 1], of all.
         score: How gradient norms become scores.
@@ -72,6 +75,7 @@ class Settings:
     budget: float | None = None
     num_blocks: int | None = None
     interval: int = 50
+    round_warmup: int = 0
     eta: float | str = 1.0
     effective_share: float = 0.5
     score: ScoreRule = field(default_factory=ScoreRule)
@@ -108,10 +112,15 @@ class Settings:
             raise ValueError("budget and num_blocks: give exactly one of them")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise ValueError(f"budget={self.budget}: must lie in (0, 1], the share of all parameters")
-        for name, least in (("num_blocks", 1), ("interval", 1), ("probe_every", 0), ("sample_last", 0)):
+        least_of = {"num_blocks": 1, "interval": 1, "round_warmup": 0, "probe_every": 0, "sample_last": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+        if self.round_warmup >= self.interval:
+            raise ValueError(f"round_warmup={self.round_warmup}: must be less than interval={self.interval}")
+        if self.round_warmup and "lr" in self.inner_kwargs:
+            raise ValueError("round_warmup: acts on the learning rate of groups, and inner_kwargs has another, 'lr'")
         if isinstance(self.eta, str):
             if self.eta != "auto":
                 raise ValueError(f"eta={self.eta!r}: must be a number of at least 0, or 'auto'")

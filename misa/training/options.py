@@ -80,6 +80,7 @@ class MethodOptions:
     )
     budget: float | None = _option(None, "share of all parameters that is trained at a time, the paper's delta")
     interval: int | None = _option(None, "steps before the next blocks are drawn, the paper's T")
+    round_warmup: int | None = _option(None, "first steps of every round at a lower learning rate; default: 0")
     eta: str | None = _option(None, "sharpness of the importance sampling: a number, 0 for uniform, or auto")
     granularity: Literal["matrix", "half", "layer"] | None = _option(None, "how the model is split into blocks")
     include: str | None = _option(None, "what is split into blocks: comma list of patterns of names, as *.self_attn.*")
