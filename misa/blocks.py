@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misa.extras import exit_with
 from misa.models import MODEL_SIZES, first_line, model_config
 
 if TYPE_CHECKING:
@@ -182,4 +183,4 @@ def _percent(share: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "train")

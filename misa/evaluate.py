@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from misa.extras import exit_with
 from misa.models import first_line
 
 LOAD_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -132,4 +133,4 @@ def _name_tasks(parser: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "eval")

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from misa.extras import exit_with
+
 logger = logging.getLogger(__name__)
 
 # LLaMA shapes for pre-training: hidden size, feed-forward size, layers, heads. 60m to 1b are GaLore's (arXiv
@@ -340,4 +342,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "train")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from misa.extras import exit_with
 from misa.models import MODEL_SIZES, LoadingOptions
 from misa.training.command import run_from_words
 from misa.training.options import MemoryOptions, MethodOptions, RunOptions
@@ -211,4 +212,4 @@ def make_job(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "train")

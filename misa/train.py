@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from misa.extras import exit_with
 from misa.models import LoadingOptions
 from misa.training.command import run_from_words
 from misa.training.options import MemoryOptions, MethodOptions, RunOptions
@@ -264,4 +265,4 @@ def _cuts_logits(model: Any) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "train")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from misa.extras import exit_with
 from misa.help_text import HelpFormatter
 
 
@@ -101,4 +102,4 @@ def _make_mix(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "train")

@@ -1,7 +1,6 @@
 """`python -m misa.dynamics VERB`: measurements of what happens during training."""
 
-import sys
-
 from misa.dynamics.command import main
+from misa.extras import exit_with
 
-sys.exit(main())
+exit_with(main, "train")

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from misa.extras import exit_with
 from misa.figures import FIGURES, plot, read_table
 
 
@@ -67,4 +68,4 @@ def _draw(name: str, table: Path, stem: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "figures")

@@ -1,7 +1,6 @@
 """`python -m misa.memory`: bytes by category of one training step, per method."""
 
-import sys
-
+from misa.extras import exit_with
 from misa.memory.command import main
 
-sys.exit(main())
+exit_with(main, "train")

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from misa.extras import exit_with
 from misa.files import write_csv, write_text
 
 SEQ_LENS = (512, 1024, 2048, 4096, 8192)
@@ -271,4 +272,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "train")

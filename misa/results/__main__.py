@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from misa.extras import exit_with
+
 TABLES_DIR = "paper_figures/tables"
 # Tables of studies of one question.
 STUDY_VERBS = {
@@ -148,4 +150,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main, "figures")

@@ -49,9 +49,6 @@ def run_from_words(
         )
         return make_job(run, chosen, method, training, argv, loading, memory)
 
-    try:
-        from misa.training.run import run_command
-    except ModuleNotFoundError as error:
-        print(f"{prog}: error: {error}; install with: pip install 'misa-optimizer[train]'", file=sys.stderr)
-        return 2
+    from misa.training.run import run_command
+
     return run_command(prog, job)
