@@ -1,8 +1,9 @@
 """Train every method side by side on the same model and tokens: `python -m benchmarks.training`.
 
-The methods take turns, step by step and in a rotating order, so that whatever else the machine does falls on all of
-them alike. Compare inside one run only. Reported: tokens a second, the medians of a step and its phases, the tracked
-peak of a step's memory (`misa.memory`), and the loss on held-out text before and after; as JSON and as a table.
+The methods take turns, step by step and in an order drawn anew for each, so that whatever else the machine does, and
+what the method before leaves in the caches, falls on all of them alike. Compare inside one run only. Reported: tokens a
+second, the medians of a step and its phases, the tracked peak of a step's memory (`misa.memory`), and the loss on
+held-out text before and after; as JSON and as a table.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import statistics
 import sys
 import time
@@ -165,10 +167,10 @@ def measure(source: str, dtype: str, seq_len: int, options: argparse.Namespace) 
         built.model.train()
         trained[name] = (built.model, make_optimizer(built))
     times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in trained}
+    turns = random.Random(options.seed)
     for step in range(-NUM_WARMUP_STEPS, options.num_steps):
         batch = next(batches)
-        turn = step % len(options.methods)
-        for name in options.methods[turn:] + options.methods[:turn]:
+        for name in turns.sample(options.methods, len(options.methods)):
             marks = _timed_step(*trained[name], batch)
             if step >= 0:
                 for phase, start, stop in zip(PHASES, marks, marks[1:], strict=False):
