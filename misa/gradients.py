@@ -68,7 +68,7 @@ class NormSums:
         self._zero_and_one: tuple[Tensor, Tensor] | None = None  # where the norms are
         self._flags: list[Tensor] = []  # zeros for `not_finite`, made many at a time
         self._lengths: Tensor | None = None
-        self._num_lengths = 0  # gradients that `_lengths` is made for
+        self._lengths_of: tuple[int, ...] = ()  # the blocks of the gradients that `_lengths` is made for
 
     def of_blocks(self, blocks: Sequence[int], norms: Sequence[Number]) -> Numbers:
         """Norm of every block's gradients, and last of those of no block.
@@ -77,7 +77,8 @@ class NormSums:
             blocks: The block of every gradient.
             norms: Their norms, in the same order.
         """
-        one_each = tuple(blocks) == self._blocks  # and none of no block: nothing to sum
+        blocks = tuple(blocks)
+        one_each = blocks == self._blocks  # and none of no block: nothing to sum
         device = next((norm.device for norm in norms if isinstance(norm, Tensor)), None)
         if device is None and one_each:
             return [*map(float, norms), 0.0]
@@ -89,11 +90,11 @@ class NormSums:
         there = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in norms]
         if one_each:  # fewer kernels
             return torch.stack([*there, self._constants(device)[0]])
-        if self._lengths is None or self._num_lengths != len(norms):
+        if self._lengths is None or self._lengths_of != blocks:
             for block in blocks:
                 counts[block] += 1
             self._lengths = torch.tensor(list(counts.values()), dtype=torch.long, device=device)
-            self._num_lengths = len(norms)
+            self._lengths_of = blocks
         # Sums one after the other: scattered ones have no fixed order on a GPU.
         squares = torch.stack(there).square_()
         return torch.segment_reduce(squares, "sum", lengths=self._lengths, unsafe=True).sqrt_()

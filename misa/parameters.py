@@ -68,6 +68,25 @@ def trainable(source: nn.Module | Iterable[NamedParameter]) -> list[NamedParamet
     ]
 
 
+def left_out(source: nn.Module | Iterable[NamedParameter]) -> list[nn.Parameter]:
+    """Parameters that would get gradients and cannot be trained, with a warning: complex ones, those of 1-byte layers.
+
+    Args:
+        source: A model, or `(name, parameter)` pairs.
+    """
+    known = {id(p) for _, p in trainable(source)}
+    named = source.named_parameters() if isinstance(source, nn.Module) else source
+    found = {p: plain_name(name) for name, p in named if p.requires_grad and id(p) not in known}
+    if found:
+        names = list(found.values())
+        warnings.warn(
+            f"{len(names)} parameters stay as they are ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): "
+            "complex ones, and those of a layer whose weight has 1 byte an element, are not trained",
+            stacklevel=4,
+        )
+    return list(found)
+
+
 def is_frozen_by_us(p: nn.Parameter) -> bool:
     """Whether an optimizer of this package, and not the caller, switched the parameter off."""
     number = getattr(p, "_misa_frozen", 0)
@@ -179,7 +198,8 @@ class _StraysOfBackward(_Strays):
             self._leave(module._forward_hooks)
         elif torch.is_grad_enabled():
             for leaf in tree_leaves(output):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                # Not a leaf of the graph, a parameter say: its hooks would outlive the pass.
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
                     leaf.register_hook(self._before_backward)
 
     def _before_backward(self, _: Tensor) -> None:

@@ -105,7 +105,8 @@ def _places(named: Sequence[NamedParameter]) -> dict[str, Place]:
 def _wrappers(named: Sequence[NamedParameter]) -> set[str]:
     """Numbered containers that hold the layers in one member, as `Sequential(embedding, Sequential(*layers), head)`.
 
-    Their members are all different, and one of them has a container whose members are alike.
+    Their members have nothing in common, unlike layers of several kinds, and one of them has a container whose members
+    are alike. A model may also be the only member of a `Sequential`, where others have no parameters.
     """
     members: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name, _ in named:
@@ -118,12 +119,16 @@ def _wrappers(named: Sequence[NamedParameter]) -> set[str]:
         deep = [frozenset(names) for names in members[container].values() if any("." in name for name in names)]
         return len(set(deep)) < len(deep)
 
+    def have_nothing_in_common(container: str) -> bool:
+        deep = [name for names in members[container].values() for name in names if "." in name]
+        return len(set(deep)) == len(deep)
+
     repeated = {container for container in members if repeats(container)}
     return {
         outer
         for outer, inside in members.items()
-        if outer not in repeated
-        and len(inside) > 1
+        if have_nothing_in_common(outer)
+        and (len(inside) > 1 or not outer)
         and len({c[len(outer) :].strip(".").split(".")[0] for c in repeated if _lies_in(c, outer)}) == 1
     }
 

@@ -72,7 +72,7 @@ class Workers:
             self._exchange = Exchange(params)
             self._exchange.ordered = settings.step_in_backward
             if isinstance(source, nn.Module):
-                self._handle = source.register_forward_pre_hook(self._forward_hook())
+                self._handle = source.register_forward_pre_hook(_BeforeForward(self))
             if settings.shard_state:
                 self._rows = Rows(self._device.type)
         if self.size > 1 and not copied:
@@ -193,18 +193,7 @@ class Workers:
     def _device(self) -> torch.device:
         return torch.device(self._named[0][1].device.type)
 
-    def _forward_hook(self) -> Callable[[nn.Module, Any], None]:
-        """A hook before each forward pass of the model, that does nothing once the optimizer is forgotten."""
-        owner = weakref.ref(self)
-
-        def before(module: nn.Module, _: Any) -> None:
-            own = owner()
-            if own is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                own._before_forward()
-
-        return before
-
-    def _before_forward(self) -> None:
+    def before_forward(self) -> None:
         """Look at the wrapper around the model: is this pass one that only accumulates?"""
         wrapper = active_wrapper()
         if self._exchange is None:
@@ -223,6 +212,25 @@ class Workers:
             self._exchange.off = not rest(wrapper)
             self._wrapper, self._stand_in = weakref.ref(wrapper), wrapper.__dict__.get("reducer")
         self._exchange.sync = wrapper.require_backward_grad_sync
+
+
+class _BeforeForward:
+    """A hook before each forward pass of the model, that does nothing once the optimizer is forgotten.
+
+    Args:
+        workers: Not kept alive. None where the model was copied, or saved as a whole.
+    """
+
+    def __init__(self, workers: Workers | None) -> None:
+        self._owner = None if workers is None else weakref.ref(workers)
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        own = None if self._owner is None else self._owner()
+        if own is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            own.before_forward()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
 
 
 def _refuse_unshardable(settings: Settings) -> None:

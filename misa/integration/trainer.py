@@ -27,12 +27,18 @@ class TrainerOptimizer:
         Args:
             model: The model a Trainer trains.
             preset: `"misa"`, `"badam"` or `"lisa"`.
-            **options: Arguments of the preset.
+            **options: Arguments of the preset. `lr` must be among them: a Trainer does not pass on its own rate, weight
+                decay and betas.
 
         Raises:
-            ValueError: for an unknown preset, and under DeepSpeed or Accelerate's FSDP.
+            ValueError: without `lr`, for an unknown preset, and under DeepSpeed or Accelerate's FSDP.
         """
         refuse_launched()
+        if "lr" not in options:
+            raise ValueError(
+                "lr is missing: TrainingArguments' learning_rate, weight_decay, adam_beta1 and so on do not reach an "
+                'optimizer given by optimizer_cls_and_kwargs; put them beside the other options, as "lr": 1e-4'
+            )
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[preset](model, **options)

@@ -24,7 +24,7 @@ from misa.optimizer import importance, state
 from misa.optimizer.active import ActiveSet
 from misa.optimizer.blocks import Block, partition, rest
 from misa.optimizer.settings import Settings, make_sampler
-from misa.parameters import Entry, Freezing, NamedParameter, trainable, warn_unmatched
+from misa.parameters import Entry, Freezing, NamedParameter, left_out, trainable, warn_unmatched
 
 
 class BlockCoordinateOptimizer(torch.optim.Optimizer):
@@ -90,6 +90,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         elif settings.always_on_lr is not None:
             raise ValueError(f"always_on_lr={settings.always_on_lr}: needs a model; give a parameter group its own lr")
         self._owned = [p for _, p in trainable(source)]  # what the caller had not frozen
+        total = sum(p.numel() for p in self._owned)
+        self._owned += left_out(source)
         self._block_of = {p: i for i, b in enumerate(self.blocks) for _, p in b.params}
         self._off = set(self._owned) - {p for _, p in trained}  # frozen for good
         self._entries: dict[nn.Parameter, Entry] = {}
@@ -98,7 +100,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         if settings.state_format not in ("master", "inner") and (left := types - {torch.bfloat16, torch.float32}):
             raise ValueError(f"state_format={settings.state_format!r}: needs bf16 or fp32 weights, found {left}")
         warn_if_lost_in_rounding(settings, lr, types)
-        self._sampler = make_sampler(self.blocks, settings, sum(p.numel() for p in self._owned))
+        self._sampler = make_sampler(self.blocks, settings, total)
         self._round = self._num_steps = self._step_in_round = self._num_idle = self._most_numel = 0
         self._workers = Workers(source, settings)
         self._record = None if settings.record is None or self._workers.rank else RoundRecord(settings.record)
@@ -351,13 +353,13 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         importance.update(self._scores, self._counts, self._values, measured, self.settings.score)
         if self._record is not None:
             self._record.append(self, measured)
-        if self._first_forward is not None:
-            self._first_forward.warn_if_compiled(len(self.blocks))
-        before = self._on.entries
+        before, active_before = self._on.entries, self._active
         self._round += 1
         self._step_in_round = 0
         self._num_good += num_good
         self._draw()
+        if self._first_forward is not None and self._active != active_before:
+            self._first_forward.warn_if_compiled(len(self.blocks))
         policy = self.settings.state_policy
         for e in before:
             stays = e.block < 0 or e.block in self._active

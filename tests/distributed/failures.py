@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 import weakref
 from typing import Any
@@ -179,10 +180,22 @@ def copies() -> bool:
     return all(torch.equal(p, q) for p, q in zip(model.parameters(), twin_model.parameters(), strict=True))
 
 
+def saved_as_a_whole() -> bool:
+    """A model is pickled with its hooks; what is loaded runs without the optimizer."""
+    model = llama(2)
+    optimizer = MISA(model, budget=0.3)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    _step(model, optimizer, 0)
+    return torch.equal(loaded(**rows(0)).loss, llama(2)(**rows(0)).loss)
+
+
 CALLS = (
     *(drift, other_models, static_graph, static_graph_later, communication_hook, mixed_precision, wrapper_is_alive),
     *(without_switch, copies, bytes_sent, one_of_two_groups, head_of_somebody_else, made_before_the_group, released),
-    expanded_buffer,
+    *(expanded_buffer, saved_as_a_whole),
 )
 
 

@@ -114,6 +114,10 @@ def test_checkpoint_of_a_wrapped_model_loads_into_a_bare_one(failures: list[dict
     assert all(found["checkpoint"] for found in failures)
 
 
+def test_model_is_saved_as_a_whole_while_its_optimizer_lives(failures: list[dict[str, Any]]) -> None:
+    assert all(found["saved_as_a_whole"] for found in failures)
+
+
 def test_buckets_of_the_wrapper_are_freed(failures: list[dict[str, Any]]) -> None:
     for found in failures:
         assert found["wrapper_is_alive"] == (True, False)

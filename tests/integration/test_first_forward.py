@@ -141,6 +141,16 @@ def test_compiled_gradients_equal_eager_ones_for_every_active_set_and_a_warning_
     assert ("layer.compile()" in messages[0]) == (how != "layers")
 
 
+def test_compiled_model_whose_blocks_never_switch_is_not_warned_of():
+    torch._dynamo.reset()
+    model = torch.compile(llama(1), backend="eager")
+    optimizer = MISA(model, budget=1.0, interval=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.compile makes")
+        train(model, optimizer, 2)
+    assert optimizer.round == 2
+
+
 @pytest.mark.slow
 def test_compiled_layers_make_a_bounded_number_of_graphs():
     """A layer has one graph for each of its blocks, one for blocks below it and one for blocks above it."""

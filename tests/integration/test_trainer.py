@@ -140,7 +140,12 @@ def test_trainer_with_checkpointing_trains_like_the_one_without_and_gives_it_bac
 
 def test_unknown_preset_is_refused_and_the_known_are_named():
     with pytest.raises(ValueError, match=r"preset='adam': must be one of misa, badam, lisa"):
-        misa.TrainerOptimizer()(llama(1), preset="adam")
+        misa.TrainerOptimizer()(llama(1), preset="adam", lr=1e-3)
+
+
+def test_learning_rate_must_be_given_where_a_trainer_passes_none_on():
+    with pytest.raises(ValueError, match=r"^lr is missing: TrainingArguments' learning_rate"):
+        misa.TrainerOptimizer()(llama(1), budget=0.3)
 
 
 def test_accelerate_loop_equals_a_bare_loop():

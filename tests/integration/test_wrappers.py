@@ -58,4 +58,4 @@ def test_refused_model_is_left_as_it_was():
 def test_trainer_under_accelerates_deepspeed_or_fsdp_is_refused(monkeypatch, name):
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(ValueError, match=rf"^{name}: .*use torchrun with the plain model"):
-        TrainerOptimizer()(llama(1), budget=0.3)
+        TrainerOptimizer()(llama(1), lr=1e-3, budget=0.3)

@@ -104,6 +104,33 @@ def test_layers_with_numbered_containers_of_their_own_are_still_the_layers():
         assert [b.name for b in partition(model, "layer")] == [f"layers.{i}" for i in range(len(numbers))]
 
 
+def test_layers_of_several_kinds_with_experts_in_one_of_them_are_still_the_layers():
+    def layer(num_experts):
+        part = nn.ModuleDict({"q": nn.Linear(8, 8, bias=False)})
+        part["mlp"] = nn.ModuleDict({"gate": nn.Linear(8, 4, bias=False)}) if num_experts else nn.Linear(8, 8)
+        if num_experts:
+            part["mlp"]["experts"] = nn.ModuleList(Part() for _ in range(num_experts))
+        return part
+
+    for kinds in ((0, 4), (0, 4, 0, 4)):
+        model = nn.ModuleDict({"layers": nn.ModuleList(map(layer, kinds))})
+        for frozen in model["layers"][:-2]:
+            frozen.requires_grad_(False)
+        blocks = partition(model)
+        last = len(kinds) - 1
+        assert {b.layer for b in blocks} == {f"layers.{last - 1}", f"layers.{last}"}
+        assert len(blocks) == 2 + 2 + 4 * 2
+        inside = {p for b in blocks for _, p in b.params}
+        assert inside == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_layers_of_a_model_that_is_the_only_member_with_parameters():
+    """As SentenceTransformer has it: `Sequential(transformer, pooling)`."""
+    for granularity in ("matrix", "half", "layer"):
+        names = [b.name for b in partition(nn.Sequential(llama(2), nn.Identity()), granularity)]
+        assert names == [f"0.{b.name}" for b in partition(llama(2), granularity)]
+
+
 def test_halves_of_a_layer_that_holds_all_in_one_child():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -137,6 +164,53 @@ def test_weights_of_one_byte_and_their_scales_are_in_no_block():
         {"layers": nn.ModuleList(nn.ModuleDict({"q": Quantized(), "k": nn.Linear(4, 4)}) for _ in "ab")}
     )
     assert [b.name for b in partition(model)] == ["layers.0.k", "layers.1.k"]
+
+
+class Complex(nn.Module):
+    """A layer with a complex weight, as spectral ones have."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.spectrum = nn.Parameter(torch.randn(8, 8, dtype=torch.cfloat) / 8)
+
+    def forward(self, x):
+        return self.a(x) + torch.fft.ifft(torch.fft.fft(x) @ self.spectrum).real
+
+
+def test_weights_that_cannot_be_trained_are_named_and_off_while_others_train():
+    model = nn.Sequential(*[Complex() for _ in range(3)])
+    with pytest.warns(UserWarning, match=r"3 parameters stay as they are \(0\.spectrum, 1\.spectrum, 2\.spectrum\)"):
+        optimizer = MISA(model, num_blocks=1)
+    for i in range(2):
+        model(torch.randn(4, 8, generator=torch.Generator().manual_seed(i))).square().mean().backward()
+        assert len([p for p in model.parameters() if p.grad is not None]) == 2  # weight and bias of one block
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.release()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_parameter_that_a_model_returns_collects_no_hooks():
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+            self.layers = nn.ModuleList(Part() for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer.mlp(layer.attn(x))
+            return x, self.scale
+
+    model = Returning()
+    optimizer = MISA(model, budget=0.9, always_on=("other",))
+    for _ in range(3):
+        x, scale = model(torch.ones(2, 16))
+        (x * scale).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not model.scale._backward_hooks
 
 
 def test_exclude_may_name_what_is_in_no_block():

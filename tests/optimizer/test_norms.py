@@ -54,6 +54,14 @@ def test_step_on_a_device_launches_few_kernels_whatever_is_on_and_reads_nothing(
     assert [name for name in operations.names if name != "empty"] == [*look, *count, *adam]
 
 
+def test_norms_on_a_device_are_summed_by_the_blocks_of_each_step():
+    """Experts without tokens have no gradient, others another time: as many gradients, of other blocks."""
+    norms, tensors = [3.0, 4.0, 1.0], [torch.tensor(x) for x in (3.0, 4.0, 1.0)]
+    sums = NormSums((0, 1), squared=True)
+    for blocks in ([0, 0, 1], [0, 1, 1], [0, 1, -1]):
+        assert sums.of_blocks(blocks, tensors).tolist() == pytest.approx(sums.of_blocks(blocks, norms))
+
+
 def test_norms_on_several_devices_meet_on_the_first_without_being_read():
     with FakeMode():
         norms = [torch.empty((), device=f"cuda:{k}") for k in (1, 0, 1)]
