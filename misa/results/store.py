@@ -134,7 +134,8 @@ def add_to_tables(
             if again and not replace:
                 tasks = ", ".join(sorted({task for _, task in again}))
                 raise ValueError(f"{folder} holds scores of the same run on {tasks} already")
-            old = old[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
+            # `loc`, as an empty list of its own would choose no columns.
+            old = old.loc[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
             scored = {scored_run(i.result) for i in found if i.result.kind == "evaluate" and _key(i.result) in there}
             if replace and (left := sorted(set(old["task"][old["run"].isin(scored)]))):
                 raise ValueError(
@@ -144,7 +145,7 @@ def add_to_tables(
         elif any(there[key] and key[0] == COPIED.get(Path(name).stem, ("",))[0] for key in gone):
             old = new.iloc[:0]  # also where its columns have changed since
         elif gone and {"kind", "run"} <= set(old):
-            old = old[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
+            old = old.loc[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
         table = pd.concat([old, new], ignore_index=True)
         require_distinct(Path(name).stem, table)
         texts[name] = table.to_csv(index=False, lineterminator="\n"), len(table)
