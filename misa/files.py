@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import filecmp
 import hashlib
 import io
 import json
@@ -11,7 +13,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -114,12 +116,41 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[s
 
 
 @contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Lock a folder against all who do the same, until this process ends at the latest; False if another has done so.
+
+    True on a file system without such locks, too, as many that are mounted over a network.
+    """
+    with ExitStack() as opened:
+        is_ours = True
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            is_ours = False
+        except OSError:
+            pass
+        yield is_ours
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """What is another after every write of a file; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+@contextmanager
 def new_folder(path: str | Path, last: str) -> Iterator[Path]:
     """Fill a folder under a temporary name and give it its own name at the end.
 
     If the block raises, the target is left as it was. Where the target already exists (a workflow makes the folders
     of its outputs beforehand), the files are moved into it one by one, `last` at the end, so the presence of `last`
-    always means that the folder is whole.
+    always means that the folder is whole. Several processes may fill the same folder at the same time, each under a
+    name of its own: the first to end gives it its content, and the others must have made the same.
 
     Args:
         path: The folder to make.
@@ -127,18 +158,38 @@ def new_folder(path: str | Path, last: str) -> Iterator[Path]:
 
     Yields:
         The temporary folder, empty, to be filled by the caller.
+
+    Raises:
+        ValueError: If another process has meanwhile put something else into the folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir()
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.partial")
+    with ExitStack() as held:
+        with _locked(path.parent, wait=True):
+            for left in path.parent.glob(f".{path.name}.*partial"):
+                # Its lock is free if the process that filled it is gone.
+                with _locked(left, wait=False) as is_free:
+                    if is_free:
+                        shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            held.enter_context(_locked(partial, wait=False))
+        before = _version(path / last)
+        try:
+            yield partial
+            with _locked(path.parent, wait=True):
+                if _version(path / last) in (None, before):
+                    _put(partial, path, last)
+                elif not _holds(path, partial):
+                    raise ValueError(
+                        f"{path} was written by another process meanwhile, with other content; choose another folder"
+                    )
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put(partial: Path, path: Path, last: str) -> None:
+    """Give a filled folder its name, or move what is in it into the one of that name."""
     if path.is_dir() and any(path.iterdir()):
         (path / last).unlink(missing_ok=True)
         for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == last):
@@ -146,10 +197,15 @@ def new_folder(path: str | Path, last: str) -> Iterator[Path]:
             if target.is_dir():
                 shutil.rmtree(target)
             entry.replace(target)
-        partial.rmdir()
     else:
         # A rename onto an empty folder is allowed and atomic.
         partial.rename(path)
+
+
+def _holds(folder: Path, other: Path) -> bool:
+    """Whether a folder holds all files of another, byte for byte."""
+    names = [path.relative_to(other) for path in other.rglob("*") if path.is_file()]
+    return all((folder / name).is_file() and filecmp.cmp(folder / name, other / name, shallow=False) for name in names)
 
 
 # A folder of a killed process is left behind; nobody writes one for longer than this.

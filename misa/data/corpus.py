@@ -70,17 +70,18 @@ def make_corpus(
     }
     if already_made(output_dir, "corpus", settings):
         return False
-    distinct = {
-        hashlib.sha256(text.encode()).digest(): text for text in docstrings(list(packages), os.cpu_count() or 1)
-    }
-    train, validation = [], []
-    for digest in sorted(distinct):
-        # The last bytes choose the split, because the first ones have already chosen the order.
-        held_out = int.from_bytes(digest[-8:]) < validation_share * 2**64
-        (validation if held_out else train).append(distinct[digest])
-    if not train or not validation:
-        raise ValueError(f"packages {', '.join(packages)} have only {len(distinct)} documents, too few for two splits")
     with new_folder(output_dir, last="digest.json") as folder:
+        texts = docstrings(list(packages), os.cpu_count() or 1)
+        distinct = {hashlib.sha256(text.encode()).digest(): text for text in texts}
+        train, validation = [], []
+        for digest in sorted(distinct):
+            # The last bytes choose the split, because the first ones have already chosen the order.
+            held_out = int.from_bytes(digest[-8:]) < validation_share * 2**64
+            (validation if held_out else train).append(distinct[digest])
+        if not train or not validation:
+            raise ValueError(
+                f"packages {', '.join(packages)} have only {len(distinct)} documents, too few for two splits"
+            )
         write_records(folder / "train.jsonl", ({"text": text} for text in train))
         write_records(folder / "validation.jsonl", ({"text": text} for text in validation))
         train_tokenizer(train, vocab_size).save_pretrained(folder / "tokenizer")

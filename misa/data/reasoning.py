@@ -50,9 +50,9 @@ def make_family(output_dir: str | Path, num_train: int, num_test: int, seed: int
         return False
     # Two splits, each a whole distance apart, so that no seed of any pair meets another one's.
     first = 2 * seed * SEED_DISTANCE
-    train = _distinct_items(FAMILY, first, num_train, taken=set())
-    test = _distinct_items(FAMILY, first + SEED_DISTANCE, num_test, taken={item["instruction"] for item in train})
     with new_folder(output_dir, last="digest.json") as folder:
+        train = _distinct_items(FAMILY, first, num_train, taken=set())
+        test = _distinct_items(FAMILY, first + SEED_DISTANCE, num_test, taken={item["instruction"] for item in train})
         write_records(folder / "train.jsonl", train)
         write_records(folder / "test.jsonl", test)
         write_digest(

@@ -39,6 +39,7 @@ NUMBERS = frozenset(
         *("value", "stderr", "seed", "step", "bytes", "eval_loss", "train_s", "num_documents", "tokens", "time_s"),
         *("batch_size", "seq_len", "num_tokens", "limit_bytes", "weights_bytes", "state_bytes"),
         *("numel", "sq_norm", "noise", "age", "interval", "num_updates", "lr", "mean_sq_norm"),
+        *("learning_rate", "always_on_lr"),
     ]
 )
 #: Columns that say what a row is about, in which no cell of any tidy table may be empty.

@@ -75,7 +75,7 @@ def read_result(path: str | Path) -> Result:
     if not path.is_file():
         raise ValueError(f"no result file at {path}")
     try:
-        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+        return Result.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{path}: {_faults(error)}") from error
 

@@ -24,6 +24,7 @@ MEMORY_FORMS = {
     "misa": "misa-3",
 }
 SEQ_LEN = 2048
+_GRID_COLUMNS = ("variant", "model", "batch_size", "seq_len", "checkpointing", "loss", "draw", "bytes")
 #: A difference is marked where its p value, after Holm's correction, is below this.
 LEVEL = 0.05
 
@@ -37,7 +38,7 @@ def overview_table(
         settings: Tidy table `settings.csv`.
         scores: Tidy table `scores.csv`.
         runs: Table `runs.csv`.
-        memory: Tidy table `memory_grid.csv`; without it there is no column of a large model's peak.
+        memory: Tidy table `memory_grid.csv`; without it, or rows in it, there is no column of a large model's peak.
 
     Returns:
         Column headings, and a row for each method. A loss or accuracy is given as its difference to MISA's, paired by
@@ -69,7 +70,7 @@ def overview_table(
         head.append("optimizer state, fine-tuning (MiB)")
         means = (tuned.groupby("method")["state_bytes"].mean() / 2**20).dropna()
         columns.append({labels[m]: Cell(float(mean)) for m, mean in means.items() if m in labels})
-    if memory is not None:
+    if memory is not None and len(memory):
         model, peaks = _peaks(memory)
         head.append(f"peak of a step, {model} (GiB)")
         columns.append({labels[m]: Cell(peak) for m, peak in peaks.items() if m in labels})
@@ -82,7 +83,7 @@ def read_overview(tables_dir: str | Path) -> tuple[list[str], list[list[str | Ce
 
     settings, scores, runs = (read_tidy(tables_dir, name) for name in ("settings", "scores", "runs"))
     grid = Path(tables_dir) / "memory_grid.csv"
-    return overview_table(settings, scores, runs, read_table(grid) if grid.is_file() else None)
+    return overview_table(settings, scores, runs, read_table(grid, _GRID_COLUMNS) if grid.is_file() else None)
 
 
 def write_overview(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:

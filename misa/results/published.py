@@ -138,15 +138,14 @@ def _measured_scores(folder: Path) -> dict[tuple[str, str, str], float]:
 
 def _measured_memory(path: Path) -> dict[tuple[str, str, str], str]:
     """Peak in GB by model, setting and method."""
-    import pandas as pd
-
+    from misa.figures import read_table
     from misa.figures.style import METHODS
 
     if not path.is_file():
         return {}
-    table = pd.read_csv(path)
-    found = {}
     keys = ["model", "checkpointing", "batch_size", "seq_len", "method"]
+    table = read_table(path, [*keys, "moment", "bytes"])
+    found = {}
     for (model, checkpointing, batch, length, label), rows in table[table["moment"] == "peak"].groupby(keys):
         setting = f"{'checkpointing, ' if checkpointing else ''}{batch} x {length} tokens"
         method = next((name for name, look in METHODS.items() if label.startswith(look.label)), label)

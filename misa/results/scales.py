@@ -68,7 +68,7 @@ def write_scales(configs_dir: str | Path, tables_dir: str | Path, output_dir: st
         The paths written.
 
     Raises:
-        ValueError: If there is no configuration, or one lacks a key, or a sheet is unusable.
+        ValueError: If there is no configuration, or one is no YAML or lacks a key, or a sheet is unusable.
     """
     import yaml
 
@@ -76,7 +76,12 @@ def write_scales(configs_dir: str | Path, tables_dir: str | Path, output_dir: st
 
     rows: list[list[str]] = []
     for path in sorted(Path(configs_dir).glob("*.yaml")):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds {type(config).__name__}, allowed are names with their values")
         if missing := sorted({"scale", "study", "sheet", "threads", "gpus", "mixes", *KINDS} - config.keys()):
             raise ValueError(f"{path} has no {', '.join(missing)}")
         own = [row for _, row in read_sheet(Path(configs_dir).parents[1] / config["sheet"])]

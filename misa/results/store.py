@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from misa.results.schema import Result
 
 MANIFEST_FILE = "MANIFEST.json"
+# Where new tables are written, and the name that their folder gets when all are: then they are moved one by one, and
+# what a kill left there is moved by the next command.
+_PARTIAL, _WHOLE = ".tables.partial", ".tables.whole"
 
 
 def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, replace: bool = False) -> list[Path]:
@@ -44,7 +49,7 @@ def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, r
         The paths written.
 
     Raises:
-        ValueError: See `find_results`, `collect` and `add_to_tables`.
+        ValueError: See `find_results`, `collect`, `write_tables` and `add_to_tables`.
     """
     found = find_results(paths)
     warnings = digest_warnings(found)
@@ -60,7 +65,8 @@ def run(paths: Iterable[str | Path], folder: str | Path, *, add: bool = False, r
 def write_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: str | Path) -> list[Path]:
     """Write each table as CSV, and `MANIFEST.json`, which says by digest what they hold and from which runs they come.
 
-    The same results give the same bytes.
+    The same results give the same bytes. After a kill at any moment the tables are the old ones, or the next command
+    that writes or adds to them ends what this one had begun.
 
     Args:
         tables: From `collect`.
@@ -69,17 +75,12 @@ def write_tables(tables: Mapping[str, pd.DataFrame], found: Sequence[Found], fol
 
     Returns:
         The paths written, the manifest last.
+
+    Raises:
+        ValueError: If another process writes tables in the folder.
     """
-    folder = Path(folder)
-    paths = [
-        write_text(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
-        for name, table in tables.items()
-    ]
-    manifest = {
-        "tables": {path.name: {"sha256": sha256_file(path), "rows": len(tables[path.stem])} for path in paths},
-        "runs": [_manifest_row(item.result) for item in found],
-    }
-    return [*paths, write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")]
+    with _held(Path(folder)):
+        return _put(Path(folder), tables, [_manifest_row(item.result) for item in found])
 
 
 def add_to_tables(
@@ -100,11 +101,57 @@ def add_to_tables(
     Raises:
         ValueError: If the folder has no manifest, a table is not the one that the manifest describes, or a run is
             there already and not to be replaced; but a run may be scored on further tasks. If scores to be replaced
-            are on more tasks than those given, or a measurement would be there twice.
+            are on more tasks than those given, a measurement would be there twice, or another process writes tables in
+            the folder.
     """
+    with _held(Path(folder)):
+        return _put(Path(folder), *_joined(tables, found, Path(folder), replace))
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing tables in a folder; end first what a killed one had begun."""
+    from misa.training.lock import FolderLock
+
+    lock = FolderLock([folder])
+    lock.acquire()
+    try:
+        if (folder / _WHOLE).is_dir():
+            print(f"note: {folder} gets the tables of a command that was interrupted there", file=sys.stderr)
+            _move(folder)
+        yield
+    finally:
+        shutil.rmtree(folder / _PARTIAL, ignore_errors=True)
+        lock.release()
+
+
+def _put(folder: Path, tables: Mapping[str, pd.DataFrame], runs: list[dict[str, Any]]) -> list[Path]:
+    """Write tables and the manifest that describes them."""
+    partial = folder / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    described = {}
+    for name, table in tables.items():
+        path = write_text(partial / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+        described[path.name] = {"sha256": sha256_file(path), "rows": len(table)}
+    write_text(partial / MANIFEST_FILE, json.dumps({"tables": described, "runs": runs}, indent=2) + "\n")
+    partial.rename(folder / _WHOLE)
+    _move(folder)
+    return [folder / name for name in (*described, MANIFEST_FILE)]
+
+
+def _move(folder: Path) -> None:
+    """Move tables that are all written, and their manifest last, to their places."""
+    for path in sorted((folder / _WHOLE).iterdir(), key=lambda path: path.name == MANIFEST_FILE):
+        path.replace(folder / path.name)
+    (folder / _WHOLE).rmdir()
+
+
+def _joined(
+    tables: Mapping[str, pd.DataFrame], found: Sequence[Found], folder: Path, replace: bool
+) -> tuple[dict[str, pd.DataFrame], list[dict[str, Any]]]:
+    """The tables of a folder and the rows of its manifest with those of the results; see `add_to_tables`."""
     import pandas as pd
 
-    folder = Path(folder)
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: only tables that were collected can be added to")
@@ -122,7 +169,7 @@ def add_to_tables(
             )
         if there[kind, name] and kind != "evaluate" and not replace:
             raise ValueError(f"{folder} holds the run {name} of kind {kind} already")
-    texts = {}
+    joined = {}
     for name, described in manifest["tables"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != described["sha256"]:
             raise ValueError(f"{folder / name} is not the table that {path} describes")
@@ -134,7 +181,8 @@ def add_to_tables(
             if again and not replace:
                 tasks = ", ".join(sorted({task for _, task in again}))
                 raise ValueError(f"{folder} holds scores of the same run on {tasks} already")
-            old = old[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
+            # `loc`, as an empty list of its own would choose no columns.
+            old = old.loc[[key not in again for key in zip(old["run"], old["task"], strict=True)]]
             scored = {scored_run(i.result) for i in found if i.result.kind == "evaluate" and _key(i.result) in there}
             if replace and (left := sorted(set(old["task"][old["run"].isin(scored)]))):
                 raise ValueError(
@@ -144,15 +192,12 @@ def add_to_tables(
         elif any(there[key] and key[0] == COPIED.get(Path(name).stem, ("",))[0] for key in gone):
             old = new.iloc[:0]  # also where its columns have changed since
         elif gone and {"kind", "run"} <= set(old):
-            old = old[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
+            old = old.loc[[key not in gone for key in zip(old["kind"], old["run"], strict=True)]]
         table = pd.concat([old, new], ignore_index=True)
         require_distinct(Path(name).stem, table)
-        texts[name] = table.to_csv(index=False, lineterminator="\n"), len(table)
-    paths = [write_text(folder / name, text) for name, (text, _) in texts.items()]
-    manifest["tables"] = {path.name: {"sha256": sha256_file(path), "rows": texts[path.name][1]} for path in paths}
-    manifest["runs"] = [run for run in manifest["runs"] if (run["kind"], run["run"]) not in gone]
-    manifest["runs"] += [_manifest_row(item.result) for item in found]
-    return [*paths, write_text(path, json.dumps(manifest, indent=2) + "\n")]
+        joined[Path(name).stem] = table
+    runs = [run for run in manifest["runs"] if (run["kind"], run["run"]) not in gone]
+    return joined, runs + [_manifest_row(item.result) for item in found]
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

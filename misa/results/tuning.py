@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: Columns that a table `settings.csv` must have for a choice of learning rates.
-COLUMNS = ("kind", "data", "method", "seed", "learning_rate", "eval_loss")
+COLUMNS = ("run", "kind", "data", "method", "seed", "learning_rate", "eval_loss")
 # What a row of a sheet without data is trained on, as in `workflows/rules/common.smk`.
 BUILT_IN = {"pretrain": "corpus", "finetune": "family"}
 
@@ -57,7 +57,8 @@ def mean_losses(settings: pd.DataFrame) -> dict[Trained, dict[Rates, float]]:
         Data and method -> rates -> loss, infinity where a run diverged; rates in the order of tables.
 
     Raises:
-        ValueError: If columns are missing, there are no rows, or runs of several kinds.
+        ValueError: If columns are missing, there are no rows, runs of several kinds, or several of one method, seed and
+            learning rate on the same data.
     """
     require_one_kind(settings, COLUMNS)
     outside = settings["always_on_lr"] if "always_on_lr" in settings else [math.nan] * len(settings)
@@ -65,6 +66,9 @@ def mean_losses(settings: pd.DataFrame) -> dict[Trained, dict[Rates, float]]:
         Rates(float(one), None if math.isnan(float(other)) or float(other) == float(one) else float(other))
         for one, other in zip(settings["learning_rate"], outside, strict=True)
     ]
+    if (same := settings.assign(rates=rates).duplicated(["data", "method", "seed", "rates"], keep=False)).any():
+        names = ", ".join(map(str, settings.loc[same, "run"]))
+        raise ValueError(f"several runs of one method, seed and learning rate on the same data: {names}")
     losses: dict[Trained, dict[Rates, dict[int, float]]] = {}
     last = settings["eval_loss"].astype(float).fillna(math.inf)
     for data, method, seed, rate, loss in zip(

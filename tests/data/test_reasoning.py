@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from misa.data import reasoning
 from misa.data.instruction import read_instructions
 from misa.data.reasoning import SEED_DISTANCE, make_family
 
@@ -64,3 +66,19 @@ def test_numbers_out_of_range_are_named(tmp_path: Path, name: str, values: tuple
     with pytest.raises(ValueError, match=f"{name} is"):
         make_family(tmp_path / "x", *values)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_made_in_the_folder_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = reasoning._distinct_items
+
+    def draw_late(*args: Any, **kwargs: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(reasoning, "_distinct_items", draw)
+            make_family(tmp_path / "x", 3, 2, seed=4)  # as another process does
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(reasoning, "_distinct_items", draw_late)
+    with pytest.raises(ValueError, match="x was written by another process meanwhile, with other content"):
+        make_family(tmp_path / "x", 3, 2, seed=3)
+    assert not make_family(tmp_path / "x", 3, 2, seed=4)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -135,6 +135,15 @@ def test_scores_are_replaced_with_all_their_tasks(tmp_path, capsys):
     assert len(json.loads((out / "MANIFEST.json").read_text())["runs"]) == 1
 
 
+def test_runs_are_replaced_in_tables_without_scores(results, tmp_path):
+    out = tmp_path / "tables"
+    assert main(["collect", str(results / "runs"), "--output_dir", str(out)]) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main(["collect", str(results / "runs/misa-s1"), "--output_dir", str(out), "--replace"]) == 0
+    assert {path: path.stat().st_size for path in out.iterdir()} == {path: len(text) for path, text in before.items()}
+    assert tuple(read_table(out / "scores.csv")) == TABLES["scores"]
+
+
 def test_two_measurements_of_one_setting_are_refused(results, tmp_path, capsys):
     shutil.copytree(results / "memory", results / "again")
     write_result(result("again", "memory", "misa"), results / "again")

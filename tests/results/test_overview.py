@@ -92,6 +92,21 @@ def test_one_seed_of_scores_and_no_memory_make_no_column(settings, scores, runs)
     assert len(head) == len(rows[0]) == 3
 
 
+def test_memory_grid_without_columns_is_named_and_one_without_rows_left_out(
+    settings, scores, runs, memory, tmp_path, capsys
+) -> None:
+    scores = scores.assign(num_documents=10)
+    for name, table in (("settings", settings), ("scores", scores), ("runs", runs.assign(model="m", train_s=1.0))):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    grid, words = tmp_path / "memory_grid.csv", ["tables", "--tables", str(tmp_path), "--output_dir", str(tmp_path)]
+    memory.drop(columns=["draw", "model"]).to_csv(grid, index=False)
+    assert main(words) == 2
+    assert f"table {grid} lacks the columns model, draw" in capsys.readouterr().err
+    memory.iloc[:0].to_csv(grid, index=False)
+    assert main(words) == 0
+    assert "peak of a step" not in (tmp_path / "overview.md").read_text()
+
+
 @pytest.fixture
 def scale() -> dict:
     mixes = {"math": {"train": "--max_steps 30"}}
@@ -142,6 +157,14 @@ def test_command_writes_a_row_for_each_scale(tmp_path: Path, scale, capsys) -> N
     (configs / "small.yaml").write_text("scale: small\n")
     assert main(words) == 2
     assert "small.yaml has no finetune, gpus, mixes, pretrain, sheet, study, threads" in capsys.readouterr().err
+    for content, reason in (
+        (b"scale: [small", "is no YAML file: "),
+        (b"\xe9", "is no YAML file"),
+        (b"- a", "holds list"),
+    ):
+        (configs / "small.yaml").write_bytes(content)
+        assert main(words) == 2
+        assert f"error: {configs / 'small.yaml'} {reason}" in capsys.readouterr().err
 
 
 def test_pages_say_what_the_tables_say(repository: Path, monkeypatch) -> None:

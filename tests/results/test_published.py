@@ -79,6 +79,9 @@ def test_memory_is_compared_at_the_published_setting_alone(tmp_path) -> None:
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / MEMORY_FILE, index=False)
     _, table = published_table(tmp_path)
     assert [(row[4], row[-1]) for row in table if row[-1]] == [("BAdam", "18.0")]
+    (tmp_path / MEMORY_FILE).write_text("")
+    with pytest.raises(ValueError, match=r"memory_compare\.csv is empty"):
+        published_table(tmp_path)
 
 
 def test_pages_show_tables_and_where_runs_come_from(repository, tmp_path) -> None:

@@ -91,6 +91,9 @@ def test_missing_and_damaged_results_are_named(result: Result, tmp_path: Path) -
     path.write_text(path.read_text()[:200])
     with pytest.raises(ValueError, match=r"result\.json: the file: Invalid JSON"):
         read_result(tmp_path)
+    path.write_bytes(b'{"run": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"result\.json: the file: Invalid JSON"):
+        read_result(tmp_path)
 
 
 def test_failed_write_leaves_the_old_file(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

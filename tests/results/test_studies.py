@@ -46,6 +46,22 @@ def test_lowest_mean_loss_is_chosen_and_divergence_never() -> None:
         chosen_rates(pd.concat([grid(), grid().assign(kind="finetune")]))
 
 
+def test_two_runs_of_one_method_seed_and_rate_are_refused() -> None:
+    again = grid().query("run == 'misa-0.002-s1'").assign(run="again", always_on_lr=2e-3)
+    with pytest.raises(
+        ValueError, match=r"several runs of one method, seed and learning rate .*: misa-0.002-s1, again"
+    ):
+        chosen_rates(pd.concat([grid(), again]))
+
+
+def test_rate_that_is_no_number_is_named_with_its_file(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.write_text(table.read_text().replace(",0.002,", ",abc,", 1))
+    assert main(["learning_rates", "--table", str(table), "--output_dir", str(tmp_path / "out")]) == 2
+    assert f"table {table}, line 4: learning_rate is 'abc', allowed is a number" in capsys.readouterr().err
+
+
 def test_table_shows_the_grid_and_what_was_chosen(table: Path, tmp_path: Path) -> None:
     assert main(["learning_rates", "--table", str(table), "--output_dir", str(tmp_path)]) == 0
     assert (tmp_path / "learning_rates.md").read_text() == (
@@ -93,8 +109,8 @@ def two_rates() -> pd.DataFrame:
     rows = grid().assign(eval_loss=lambda rows: rows["eval_loss"] - 0.5 * rows["seed"])
     row = {"run": "r", "kind": "pretrain", "method": "misa", "seed": 0, "data": "corpus"}
     pairs = [row | {"learning_rate": a, "always_on_lr": b, "eval_loss": loss} for (a, b), loss in tried.items()]
-    same = row | {"learning_rate": 2e-3, "always_on_lr": 2e-3, "eval_loss": 5.5, "run": "same"}
-    return pd.concat([rows, pd.DataFrame([*pairs, same])], ignore_index=True)
+    rows.loc[rows["run"] == "misa-0.002-s0", "always_on_lr"] = 2e-3  # the same as one rate
+    return pd.concat([rows, pd.DataFrame(pairs)], ignore_index=True)
 
 
 def test_pairs_of_rates_are_chosen_by_the_seeds_that_all_have(tmp_path: Path) -> None:
@@ -263,7 +279,7 @@ def test_table_without_the_columns_is_refused_by_name(
 ) -> None:
     (tmp_path / "wrong.csv").write_text("kind,method,seed\npretrain,misa,0\n")
     assert main([verb, "--table", str(tmp_path / "wrong.csv"), "--output_dir", str(tmp_path)]) == 2
-    lacking = "run, eval_loss" if verb == "ablation" else "data, learning_rate, eval_loss"
+    lacking = "run, eval_loss" if verb == "ablation" else "run, data, learning_rate, eval_loss"
     error = capsys.readouterr().err
     assert f"error: table lacks the columns {lacking}; it has kind, method, seed" in error
 
