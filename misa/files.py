@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import filecmp
+import glob
 import hashlib
 import io
 import json
@@ -119,17 +119,19 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Mapping[s
 def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
     """Lock a folder against all who do the same, until this process ends at the latest; False if another has done so.
 
-    True on a file system without such locks, too, as many that are mounted over a network.
+    True without such locks, too: on many file systems that are mounted over a network, and on Windows.
     """
     with ExitStack() as opened:
         is_ours = True
         try:
+            import fcntl
+
             descriptor = os.open(folder, os.O_RDONLY)
             opened.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             is_ours = False
-        except OSError:
+        except (ImportError, OSError):
             pass
         yield is_ours
 
@@ -167,7 +169,7 @@ def new_folder(path: str | Path, last: str) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns()}.partial")
     with ExitStack() as held:
         with _locked(path.parent, wait=True):
-            for left in path.parent.glob(f".{path.name}.*partial"):
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
                 # Its lock is free if the process that filled it is gone.
                 with _locked(left, wait=False) as is_free:
                     if is_free:
