@@ -223,10 +223,10 @@ class Schedule(TrainerCallback):
         return control
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Do not evaluate the last step a second time because an epoch ends with it."""
+        """Ask for a log with every checkpoint; do not evaluate the last step again because an epoch ends with it."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = False
-        if control.should_evaluate and args.save_strategy == "best":
+        if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
             control.should_log = True
         return control
 
