@@ -264,13 +264,14 @@ def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:
             trainer.state = state
             meter.restore(state)
             return
-    elif job.run.is_checkpoint():
+    is_foreign = checkpoint is None and job.run.is_checkpoint()
+    if is_foreign:
         checkpoint = Path(str(job.run.continue_from))
     if checkpoint is None:
         trainer.train()
     else:
         logger.info("continuing from %s", checkpoint)
-        trainer.continue_from(checkpoint)
+        trainer.continue_from(checkpoint, is_foreign)
     if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
 
