@@ -18,8 +18,9 @@ from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from misa.data.packing import IGNORED
 from misa.data.sampling import SeededSampler
+from misa.distributed.agree import on_first
 from misa.files import seal, write_text
-from misa.training.checkpoints import STAGING_FOLDER, found_again
+from misa.training.checkpoints import STAGING_FOLDER, best_checkpoint
 from misa.training.errors import DivergedError
 from misa.training.meter import unwrapped
 
@@ -150,9 +151,12 @@ class Trainer(transformers.Trainer):
         if (checkpoint / STREAM_FILE).is_file():
             self.train_dataset.resume(json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")))
             changed["ignore_data_skip"] = True
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        best = None if is_foreign else found_again(state.best_model_checkpoint, self.args.output_dir)
-        if is_foreign or (best is not None and Path(best).is_dir()):
+        named = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
+        if is_foreign:
+            self.add_callback(_Recall(None))
+        elif named is not None:
+            args = self.args
+            best = on_first(lambda: best_checkpoint(named, args.output_dir, args.load_best_model_at_end))
             self.add_callback(_Recall(best))
         asked = {name: getattr(self.args, name) for name in changed}
         vars(self.args).update(changed)
