@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from misa.files import broken
+from misa.files import SEAL_FILE, broken, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,9 @@ STAGING_FOLDER = ".misa-saving"
 # the first of several.
 REQUIRED_FILES = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth|rng_state_0.pth")
 
+# Weights of a model or an adapter, whole or in parts.
+WEIGHTS = (".safetensors", ".bin", ".index.json")
+
 
 def fault(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint, or return None if every file is there as it was written."""
@@ -34,16 +37,34 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def found_again(checkpoint: str | None, folder: str | Path) -> str | None:
-    """Where a checkpoint that a state names lies, if its folder may have been moved meanwhile.
+def best_checkpoint(named: str | None, folder: str | Path, is_read: bool) -> str | None:
+    """Find the checkpoint that a state names as the best so far; its folder may have been moved meanwhile.
 
     Args:
-        checkpoint: Its path when the state was written, or None.
+        named: Its path when the state was written, or None.
         folder: Where the checkpoints of the run are now.
+        is_read: Whether the run ends with its model, so that its weights must be whole.
+
+    Returns:
+        Its path, or None if there is none, or none that can be used, which a warning says.
     """
-    if checkpoint is None or not (here := Path(folder) / Path(checkpoint).name).is_dir():
-        return checkpoint
-    return str(here)
+    if named is None:
+        return None
+    here = Path(folder) / Path(named).name
+    best = here if here.is_dir() else Path(named)
+    if best.is_dir() and (not is_read or _has_whole_weights(best)):
+        return str(best)
+    logger.warning("%s, the best checkpoint so far, is not used: its weights are missing or damaged", best)
+    return None
+
+
+def _has_whole_weights(checkpoint: Path) -> bool:
+    try:
+        listed = json.loads((checkpoint / SEAL_FILE).read_text(encoding="utf-8"))
+        weights = {name: written for name, written in listed.items() if name.endswith(WEIGHTS)}
+        return bool(weights) and all(fingerprint(checkpoint / name) == written for name, written in weights.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -79,20 +100,9 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     folder = Path(folder)
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     for checkpoint in reversed(checkpoints(folder)):
-        problem = fault(checkpoint) or _fault_of_best(checkpoint)
-        if problem is None:
+        if (problem := fault(checkpoint)) is None:
             return checkpoint
         logger.warning("%s is not used: %s", checkpoint, problem)
         # It would count as the newest one when old checkpoints are removed.
         shutil.rmtree(checkpoint)
     return None
-
-
-def _fault_of_best(checkpoint: Path) -> str | None:
-    """Say what is wrong with the checkpoint that a whole one names as the best so far, which the run may end with."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    best = found_again(state.get("best_model_checkpoint"), checkpoint.parent)
-    if best is None or Path(best) == checkpoint or not Path(best).is_dir():
-        return None
-    problem = fault(Path(best))
-    return problem and f"the best checkpoint before it, {best}, cannot be used: {problem}"

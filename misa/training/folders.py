@@ -74,8 +74,6 @@ def check_rest(checkpoint: Path, trainer: Any) -> None:
     Raises:
         ValueError: Saying which it is.
     """
-    import torch
-
     name = f"continue_from is {str(checkpoint)!r}, a checkpoint"
     step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     if (planned := trainer.num_planned_steps()) is not None and planned <= step:
@@ -84,8 +82,7 @@ def check_rest(checkpoint: Path, trainer: Any) -> None:
         return
     try:
         trainer._load_from_checkpoint(str(checkpoint))
-        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-        trainer.optimizer.load_state_dict(state)
+        trainer.load_optimizer(checkpoint)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} of a run with another model, method options or optimizer: {reason}") from error

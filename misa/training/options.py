@@ -32,7 +32,7 @@ class RunOptions:
     keep_checkpoints: bool = _option(False, "keep the checkpoints of a finished run")
     overwrite_output_dir: bool = _option(False, "start again where a finished run, or one with other settings, lies")
     continue_from: str | None = _option(
-        None, "start from this: a checkpoint of a run (with its step and optimizer), or a model folder (weights alone)"
+        None, "start from this: a checkpoint of a run (weights, step and moments), or a model folder (weights alone)"
     )
     save_model: bool = _option(True, "write the trained model into model/")
     snapshot_steps: str | None = _option(

@@ -29,7 +29,7 @@ from misa.results import (
     write_result,
 )
 from misa.training import folders
-from misa.training.checkpoints import checkpoints, found_again, latest_checkpoint, remove_checkpoints, step_of
+from misa.training.checkpoints import best_checkpoint, checkpoints, latest_checkpoint, remove_checkpoints, step_of
 from misa.training.checks import check_parts, check_schedule, require_one_pass
 from misa.training.curves import curve_points, mean_loss
 from misa.training.errors import DivergedError
@@ -258,19 +258,21 @@ def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:
         if step_of(checkpoint) >= state.max_steps:
             # Only the result was missing. transformers would train one step too many here.
             logger.info("continuing from %s", checkpoint)
-            state.best_model_checkpoint = found_again(state.best_model_checkpoint, checkpoint.parent)
-            best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            named = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            best = on_first(lambda: best_checkpoint(named, trainer.args.output_dir, is_read=True))
             trainer._load_from_checkpoint(best or str(checkpoint))
+            state.best_model_checkpoint = best
             trainer.state = state
             meter.restore(state)
             return
-    elif job.run.is_checkpoint():
+    is_foreign = checkpoint is None and job.run.is_checkpoint()
+    if is_foreign:
         checkpoint = Path(str(job.run.continue_from))
     if checkpoint is None:
         trainer.train()
     else:
         logger.info("continuing from %s", checkpoint)
-        trainer.continue_from(checkpoint)
+        trainer.continue_from(checkpoint, is_foreign)
     if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
 

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 import transformers
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import RandomSampler, Sampler
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import has_length, rotate_checkpoints
 
 from misa.data.packing import IGNORED
 from misa.data.sampling import SeededSampler
+from misa.distributed.agree import on_first
 from misa.files import seal, write_text
-from misa.training.checkpoints import STAGING_FOLDER, found_again
+from misa.training.checkpoints import STAGING_FOLDER, best_checkpoint
 from misa.training.errors import DivergedError
 from misa.training.meter import unwrapped
 
@@ -37,6 +39,8 @@ class Trainer(transformers.Trainer):
     # A `misa.training.memory.MemoryWatch`, where memory is limited.
     watch: Any = None
     _staging: str | None = None
+    # Whether the checkpoint to train on from is one of another run.
+    _is_foreign = False
     # Losses of this step's passes that have not been looked at yet.
     _losses: list[Any]
 
@@ -131,21 +135,28 @@ class Trainer(transformers.Trainer):
             inputs = {**inputs, "attention_mask": labelled.flip(1).cumsum(1) > 0}
         super()._track_num_input_tokens(inputs)
 
-    def continue_from(self, checkpoint: Path) -> None:
+    def continue_from(self, checkpoint: Path, is_foreign: bool) -> None:
         """Train on from a checkpoint.
 
-        A streamed data set goes on reading where it stood; transformers would read everything before it again.
+        A streamed data set goes on reading where it stood; transformers would read everything before it again. From
+        another run come weights, step and what its optimizer has gathered, but neither settings nor a best model.
 
         Args:
             checkpoint: Folder of the checkpoint.
+            is_foreign: Whether it is one of another run.
         """
+        self._is_foreign = is_foreign
         # The evaluation before the first step is in the record already.
         changed = {"eval_on_start": False}
         if (checkpoint / STREAM_FILE).is_file():
             self.train_dataset.resume(json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")))
             changed["ignore_data_skip"] = True
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if (best := found_again(state.best_model_checkpoint, self.args.output_dir)) is not None and Path(best).is_dir():
+        named = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
+        if is_foreign:
+            self.add_callback(_Recall(None))
+        elif named is not None:
+            args = self.args
+            best = on_first(lambda: best_checkpoint(named, args.output_dir, args.load_best_model_at_end))
             self.add_callback(_Recall(best))
         asked = {name: getattr(self.args, name) for name in changed}
         vars(self.args).update(changed)
@@ -154,6 +165,36 @@ class Trainer(transformers.Trainer):
         finally:
             # The run's record shows what was asked for.
             vars(self.args).update(asked)
+
+    def load_optimizer(self, checkpoint: Path) -> None:
+        """Load the optimizer's state of another run, but for the settings of its groups, which stay this run's.
+
+        Args:
+            checkpoint: Folder of the checkpoint.
+
+        Raises:
+            ValueError: If the state is that of another optimizer.
+        """
+        state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        # Where their numbers differ, loading says so.
+        for saved, own in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
+            if saved.get("rank") != own.get("rank"):  # GaLore's moments have the size of its projections
+                raise ValueError(f"the rank of projections was {saved.get('rank')} and is {own.get('rank')}")
+            # A scheduler that is made later would begin with it.
+            saved.pop("initial_lr", None)
+            saved.update({name: value for name, value in own.items() if name not in ("params", "param_names")})
+        self.optimizer.load_state_dict(state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """After another run, the schedule is this run's, and stands at the step of the checkpoint."""
+        if checkpoint is None or not self._is_foreign:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.load_optimizer(Path(checkpoint))
+        schedule = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):  # others go by the losses that they see
+            last = self.state.global_step - 1
+            self.lr_scheduler = LambdaLR(self.optimizer, schedule.lr_lambdas, last_epoch=last)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -223,20 +264,28 @@ class Schedule(TrainerCallback):
         return control
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Do not evaluate the last step a second time because an epoch ends with it."""
+        """Ask for a log with every checkpoint; do not evaluate the last step again because an epoch ends with it."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = False
-        if control.should_evaluate and args.save_strategy == "best":
+        if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
             control.should_log = True
         return control
 
 
 class _Recall(TrainerCallback):
-    """Remember the best checkpoint of a run whose folder was moved, which transformers has forgotten by then."""
+    """Correct what transformers takes from the record of a checkpoint: the best model so far, and how often to save.
 
-    def __init__(self, best: str) -> None:
+    Args:
+        best: Where the best checkpoint lies now (transformers has forgotten one whose folder was moved), or None to
+            look for the best model anew.
+    """
+
+    def __init__(self, best: str | None) -> None:
         self._best = best
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Say again which it is."""
+        """Correct the record."""
+        state.compute_steps(args, state.max_steps)
         state.best_model_checkpoint = self._best
+        if self._best is None:
+            state.best_metric = state.best_global_step = None

@@ -26,6 +26,14 @@ def evaluated(folder: Path) -> dict[int, float]:
     return {point.step: point.value for point in read_curves(folder) if point.metric == "eval_loss"}
 
 
+def best_of(checkpoint: Path) -> Path:
+    return Path(json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"])
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 def test_checkpoint_of_another_run_starts_one_with_more_steps(finetune: Callable[..., int], tmp_path: Path) -> None:
     assert finetune("base", "--keep_checkpoints", budget=0.2) == 0
     last = tmp_path / "base" / "checkpoints" / "checkpoint-9"
@@ -80,26 +88,57 @@ def test_result_is_that_of_the_model_that_was_kept(
     assert read_result(tmp_path / "moved").metrics == read_result(tmp_path / "whole").metrics
 
 
-def test_damaged_best_checkpoint_is_passed_over(
+@pytest.mark.parametrize(
+    ("keep_best", "damaged"), [(True, "model.safetensors"), (True, "optimizer.pt"), (False, "model.safetensors")]
+)
+def test_damaged_best_checkpoint_spares_the_newest(
     finetune: Callable[..., int],
     kill_at: Callable[[int | None], None],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    keep_best: bool,
+    damaged: str,
 ) -> None:
-    options = BEST | {"eval_steps": 2, "save_steps": 2}
-    assert finetune("whole", "--load_best_model_at_end", **options) == 0
+    """If its model was to be kept, the best one from there on is; otherwise nothing changes."""
+    options = BEST | {"eval_steps": 2, "save_steps": 2, "metric_for_best_model": "loss", "keep_checkpoints": True}
+    options |= {"load_best_model_at_end": keep_best}
+    assert finetune("whole", **options) == 0
     kill_at(8)
     with pytest.raises(Killed):
-        finetune("killed", "--load_best_model_at_end", **options)
+        finetune("killed", **options)
     kill_at(None)
     first, newest = checkpoints(tmp_path / "killed" / "checkpoints")
-    state = json.loads((newest / "trainer_state.json").read_text())
-    assert Path(state["best_model_checkpoint"]) == first
-    weights = first / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert finetune("killed", "--load_best_model_at_end", **options) == 0
-    assert f"{newest} is not used: the best checkpoint before it" in caplog.text
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert best_of(newest) == first
+    cut(first / damaged)
+    assert finetune("killed", **options) == 0
+    assert f"continuing from {newest}" in caplog.text
+    if keep_best and damaged == "model.safetensors":
+        assert f"{first}, the best checkpoint so far, is not used" in caplog.text
+        kept = {step: loss for step, loss in evaluated(tmp_path / "killed").items() if step > 6}
+        assert read_result(tmp_path / "killed").metrics["eval_loss"] == min(kept.values())
+        best = best_of(checkpoints(tmp_path / "killed" / "checkpoints")[-1])
+        assert best.name == f"checkpoint-{min(kept, key=kept.__getitem__)}"
+        assert outcome(tmp_path / "killed")[0]["model.safetensors"] == (best / "model.safetensors").read_bytes()
+    else:
+        assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_best_model_that_was_damaged_before_it_was_written_gives_way_to_the_last(
+    finetune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "new_folder", killed)
+        with pytest.raises(Killed):
+            finetune("run", "--load_best_model_at_end", **BEST)
+    last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    weights = (last / "model.safetensors").read_bytes()
+    cut(best_of(last) / "model.safetensors")
+    assert finetune("run", "--load_best_model_at_end", **BEST) == 0
+    assert outcome(tmp_path / "run")[0]["model.safetensors"] == weights
+    assert read_result(tmp_path / "run").metrics["eval_loss"] == evaluated(tmp_path / "run")[9]
 
 
 def test_saving_the_best_alone_keeps_the_curve(

@@ -25,6 +25,9 @@ METHODS = {
     "adamw-bf16": {"method": "adamw", "dtype": "bfloat16"},
     "lora": {"method": "lora", "lora_r": 4, "lora_dropout": 0.2},
     "badam": {"method": "badam", "interval": 2},
+    # Ten steps in two epochs of five.
+    "epochs": {"method": "adamw", "max_steps": -1, "num_train_epochs": 2}
+    | {"save_strategy": "epoch", "eval_strategy": "epoch", "save_steps": None, "eval_steps": None},
 }
 
 

@@ -1,0 +1,119 @@
+"""A run that starts from a checkpoint of another: what is taken over from there, and what is its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from misa.data.records import write_records
+from misa.results import read_curves, read_result
+from misa.training.checkpoints import checkpoints
+from misa.training.trainer import Schedule
+
+from .conftest import Killed, outcome
+
+METHODS = {
+    "misa": {"budget": 0.2, "interval": 2, "always_on": "embeddings,head,norms", "always_on_lr": 3e-3},
+    "adamw": {"always_on_lr": 3e-3},
+    "lora": {"lora_r": 4},
+    "galore": {"galore_r": 4, "galore_update_every": 2, "galore_alpha": 0.5},
+}
+ADAM = {"learning_rate": 2e-3, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-4}
+# What the method itself is asked for.
+METHOD_SETTINGS = {"misa": {"always_on_lr": 1e-3}, "galore": {"galore_update_every": 3, "galore_alpha": 0.25}}
+
+
+@pytest.fixture
+def settings_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], list[dict[str, Any]]]:
+    """Settings of the optimizer's groups as the first step of a run begins, at which it is killed."""
+
+    def look(train: Callable[[], int]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+
+        def on_step_begin(self: Schedule, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+            left = ("params", "param_names", "step")
+            found.extend({k: v for k, v in group.items() if k not in left} for group in optimizer.param_groups)
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Schedule, "on_step_begin", on_step_begin)
+            with pytest.raises(Killed):
+                train()
+        return found
+
+    return look
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_are_those_asked_for(
+    finetune: Callable[..., int],
+    kill_at: Callable[[int | None], None],
+    settings_of: Callable[[Callable[[], int]], list[dict[str, Any]]],
+    tmp_path: Path,
+    method: str,
+) -> None:
+    options = {"method": method, **METHODS[method]}
+    assert finetune("base", "--keep_checkpoints", **options, max_steps=3) == 0
+    options |= {**ADAM, **METHOD_SETTINGS.get(method, {})}
+    fresh = settings_of(lambda: finetune("fresh", **options))
+    options["continue_from"] = tmp_path / "base" / "checkpoints" / "checkpoint-3"
+    continued = settings_of(lambda: finetune("whole", **options))
+    assert continued == [{**group, "lr": group["initial_lr"] * (6 / 9)} for group in fresh]
+    assert finetune("whole", **options) == 0
+    # Before a checkpoint of its own, and after it.
+    for step in (5, 8):
+        kill_at(step)
+        with pytest.raises(Killed):
+            finetune("killed", **options)
+    kill_at(None)
+    assert checkpoints(tmp_path / "killed" / "checkpoints")
+    assert finetune("killed", **options) == 0
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    rates = {p.step: p.value for p in read_curves(tmp_path / "whole") if p.metric == "learning_rate" and p.step > 3}
+    assert rates == pytest.approx({step: ADAM["learning_rate"] * (1 - (step - 1) / 9) for step in rates})
+
+
+@pytest.mark.parametrize(("before", "now"), [("linear", "reduce_lr_on_plateau"), ("reduce_lr_on_plateau", "linear")])
+def test_schedule_may_be_another(finetune: Callable[..., int], tmp_path: Path, before: str, now: str) -> None:
+    options = {"budget": 0.2, "max_steps": 3, "lr_scheduler_type": before, "eval_steps": 1}
+    assert finetune("base", "--keep_checkpoints", **options) == 0
+    start = tmp_path / "base" / "checkpoints" / "checkpoint-3"
+    options |= {"max_steps": 4, "lr_scheduler_type": now, "learning_rate": 4e-3, "continue_from": start}
+    assert finetune("run", **options) == 0
+    rates = {p.step: p.value for p in read_curves(tmp_path / "run") if p.metric == "learning_rate"}
+    assert rates[4] == pytest.approx(1e-3 if now == "linear" else 4e-3)
+
+
+def test_projections_of_another_rank_are_no_start(
+    finetune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune("base", "--keep_checkpoints", method="galore", galore_r=4, max_steps=3) == 0
+    start = tmp_path / "base" / "checkpoints" / "checkpoint-3"
+    assert finetune("rank", method="galore", galore_r=2, continue_from=start) == 2
+    assert "the rank of projections was 4 and is 2" in capsys.readouterr().err
+
+
+def test_best_model_is_one_of_this_run(finetune: Callable[..., int], tmp_path: Path) -> None:
+    """Losses on other data say nothing about it; and it is evaluated and saved as often as asked for here."""
+    rng = random.Random(0)
+    numbers = ({"instruction": f"{rng.random()}", "output": f"{rng.random()}"} for _ in range(24))
+    write_records(tmp_path / "numbers" / "train.jsonl", numbers)
+    options = {"method": "adamw", "eval_steps": 3, "save_steps": 3}
+    assert finetune("base", "--load_best_model_at_end", "--keep_checkpoints", **options) == 0
+    options |= {"continue_from": tmp_path / "base" / "checkpoints" / "checkpoint-9", "max_steps": 15}
+    options |= {"eval_steps": 2, "save_steps": 2, "logging_steps": 1, "dataset_path": tmp_path / "numbers"}
+    assert finetune("run", "--load_best_model_at_end", "--keep_checkpoints", **options) == 0
+    points = read_curves(tmp_path / "run")
+    losses = {p.step: p.value for p in points if p.metric == "eval_loss"}
+    own = {step: loss for step, loss in losses.items() if step > 9}
+    assert list(own) == [10, 12, 14, 15]
+    assert [p.step for p in points if p.metric == "train_loss" and p.step > 9] == [10, 11, 12, 13, 14, 15]
+    assert min(own.values()) > min(losses.values())
+    assert read_result(tmp_path / "run").metrics["eval_loss"] == min(own.values())
+    best = tmp_path / "run" / "checkpoints" / f"checkpoint-{min(own, key=own.__getitem__)}"
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (best, tmp_path / "run" / "model")]
+    assert weights[0] == weights[1]
