@@ -149,6 +149,12 @@ def test_memory_bars_end_at_the_total_of_the_table():
     assert [ends[i] for i in range(len(METHODS))] == pytest.approx([totals[method] for method in METHODS])
 
 
+def test_thin_parts_of_memory_bars_are_not_hidden_by_edges():
+    for name in ("memory", "memory_stacked"):
+        for axes in plot(name, TABLES[name]()).axes:
+            assert {bar.get_linewidth() for bar in axes.patches} == {0}, name
+
+
 def test_kind_without_evaluation_shows_its_training_loss():
     table = convergence()
     table.loc[table["kind"] == "finetune", "metric"] = "train_loss"
