@@ -155,6 +155,12 @@ def test_thin_parts_of_memory_bars_are_not_hidden_by_edges():
             assert {bar.get_linewidth() for bar in axes.patches} == {0}, name
 
 
+def test_ages_near_each_other_have_their_labels_in_two_lines():
+    table = pd.concat([staleness().assign(age=lambda t, k=k: k * t["age"]) for k in (1, 1.25, 1.4)])
+    labels = [label.get_text() for label in plot("staleness", table).axes[0].get_xticklabels()]
+    assert labels == ["5", "\n6.25", "", "10", "\n12.5", "", "40", "\n50", ""]
+
+
 def test_kind_without_evaluation_shows_its_training_loss():
     table = convergence()
     table.loc[table["kind"] == "finetune", "metric"] = "train_loss"
