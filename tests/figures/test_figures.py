@@ -264,6 +264,27 @@ def test_all_figures_skip_tables_without_rows(tmp_path, capsys):
     assert "table has no rows" in capsys.readouterr().err
 
 
+def test_known_ending_of_an_output_is_taken_off_and_no_other(tmp_path):
+    memory().to_csv(tmp_path / "memory.csv", index=False)
+    for output in ("paper.v1/one.pdf", "paper.v1/two.png", "paper.v1/three.v2"):
+        assert main(["memory", "--data_dir", str(tmp_path), "--output", str(tmp_path / output)]) == 0
+    names = {f"{stem}.{ending}" for stem in ("one", "two", "three.v2") for ending in ("pdf", "png")}
+    assert {path.name for path in (tmp_path / "paper.v1").iterdir()} == names
+
+
+def test_ablation_is_drawn_from_the_tables_of_a_fresh_run_as_well(tmp_path, capsys):
+    settings().to_csv(tmp_path / "settings.csv", index=False)
+    words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert main(["ablation", *words]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ablation.pdf", "ablation.png"}
+    assert main(["all", *words]) == 2  # where the settings may be those of runs for all figures
+    assert f"{tmp_path / 'ablation/settings.csv'} does not exist" in capsys.readouterr().err
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "settings.csv").write_text("")
+    assert main(["ablation", *words]) == 2  # its own folder comes first
+    assert f"{tmp_path / 'ablation/settings.csv'} is empty" in capsys.readouterr().err
+
+
 def test_times_of_another_machine_are_left_out():
     table = convergence()
     table = table[table["kind"] == "finetune"].assign(machine="a")
