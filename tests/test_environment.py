@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distributions
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,53 @@ def test_every_requirement_has_a_pin_inside_its_range(project: dict, pins: dict[
 
 def test_core_needs_torch_and_numpy_alone(project: dict) -> None:
     assert sorted(Requirement(text).name for text in project["dependencies"]) == ["numpy", "torch"]
+
+
+# With no packages but those of an extra: what is installed besides cannot be imported.
+ALONE = """
+import sys
+code, *missing = sys.argv[1:]
+sys.modules |= dict.fromkeys(missing)
+exec(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ("notebooks", "from misa import tour; tour.state_table({}), tour.small_model()"),
+        (
+            "docs",
+            "from pathlib import Path; from misa.results.sections import fill_page\n"
+            "for page in Path('docs').rglob('*.md'): fill_page(page.read_text(), Path())",
+        ),
+    ],
+    ids=["notebooks", "docs"],
+)
+def test_extra_holds_all_that_its_users_import(project: dict, repository: Path, extra: str, code: str) -> None:
+    extras, installed = project["optional-dependencies"], {canonicalize_name(one.name): one for one in distributions()}
+    needed: set[tuple[str, str]] = set()
+    left = [Requirement(f"{project['name']}[{extra}]")]
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        for wanted in {"", *requirement.extras}:
+            if (name, wanted) in needed or name not in {*installed, project["name"]}:
+                continue
+            needed.add((name, wanted))
+            if name == project["name"]:
+                texts = extras[wanted] if wanted else project["dependencies"]
+            else:
+                texts = installed[name].requires or []
+            left += [one for one in map(Requirement, texts) if not one.marker or one.marker.evaluate({"extra": wanted})]
+    names = {name for name, _ in needed}
+    missing = [
+        module
+        for module, owners in packages_distributions().items()
+        if module != "misa" and names.isdisjoint(map(canonicalize_name, owners))
+    ]
+    done = subprocess.run([sys.executable, "-c", ALONE, code, *missing], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_torch_is_named_once(project: dict, pins: dict[str, str], environment: dict) -> None:

@@ -82,11 +82,25 @@ def cached_table(name: str) -> pd.DataFrame:
     Raises:
         ValueError: If the working directory lies in no checkout, or there is no such table.
     """
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / CACHED_TABLES).is_dir():
-            return read_table(folder / CACHED_TABLES / FIGURES.get(name, f"{name}.csv"))
-    raise ValueError(f"no folder {CACHED_TABLES} at or above {here}; run this inside a checkout of the project")
+    return read_table(_checkout() / CACHED_TABLES / FIGURES.get(name, f"{name}.csv"))
+
+
+def cached_text(name: str) -> str:
+    """Read a table for readers, `paper_figures/tables/NAME.md` of the checkout around the working directory.
+
+    Args:
+        name: A table, such as "paired" or "published".
+
+    Returns:
+        Its Markdown.
+
+    Raises:
+        ValueError: If the working directory lies in no checkout, or there is no such table.
+    """
+    path = _checkout() / "paper_figures/tables" / f"{name}.md"
+    if not path.is_file():
+        raise ValueError(f"table {path} does not exist")
+    return path.read_text(encoding="utf-8")
 
 
 def plot_cached(name: str) -> Figure:
@@ -99,6 +113,14 @@ def plot_all(name: str, tables: Iterable[pd.DataFrame]) -> Figure:
     import pandas as pd
 
     return plot(name, pd.concat(tables, ignore_index=True))
+
+
+def _checkout() -> Path:
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / CACHED_TABLES).is_dir():
+            return folder
+    raise ValueError(f"no folder {CACHED_TABLES} at or above {here}; run this inside a checkout of the project")
 
 
 def read_table(path: str | Path, columns: Iterable[str] = ()) -> pd.DataFrame:

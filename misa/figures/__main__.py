@@ -25,7 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("name", choices=[*FIGURES, "all"], help="which figure, or all whose table has rows")
     parser.add_argument("--table", help="CSV file (default: the figure's table in --data_dir)")
-    parser.add_argument("--output", help="path without ending (default: the figure's name in --output_dir)")
+    parser.add_argument(
+        "--output",
+        help="path without ending; .pdf or .png at its end is taken off (default: the figure's name in --output_dir)",
+    )
     parser.add_argument("--data_dir", "--data-dir", default="paper_figures/data", help="folder of the tables")
     parser.add_argument("--output_dir", "--output-dir", default="paper_figures", help="folder of the figures")
     options = parser.parse_args(arguments)
@@ -35,10 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
         drawn = 0
         for name in FIGURES if options.name == "all" else [options.name]:
             table = Path(options.table or Path(options.data_dir) / FIGURES[name])
+            # A fresh run of a study has its tables in no folder of the study's name. With all, they may be of no study.
+            beside = Path(options.data_dir) / table.name
+            if options.name != "all" and not options.table and not table.is_file() and beside.is_file():
+                table = beside
             if options.name == "all" and (fault := _fault(table)):
                 print(f"{name}: skipped, {table} {fault}", file=sys.stderr)
                 continue
-            _draw(name, table, Path(options.output or Path(options.output_dir) / name))
+            stem = Path(options.output or Path(options.output_dir) / name)
+            _draw(name, table, stem.with_suffix("") if stem.suffix in (".pdf", ".png") else stem)
             drawn += 1
         if not drawn:
             tables = ", ".join(FIGURES.values())

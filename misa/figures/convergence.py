@@ -21,8 +21,10 @@ def plot(table: pd.DataFrame) -> Figure:
     """Draw the loss of every method: mean over the seeds that all have, band from the lowest to the highest of them.
 
     Seeds of one method see the same steps; tokens and time of a point are their means. Times are those of runs on one
-    machine, the one with most methods. The axis of losses spans the second half of the runs, where methods differ; what
-    lies above comes earlier. Losses that are not finite are left out.
+    machine, the one with most methods, and of the seeds that all methods have there; where these are not the seeds of
+    the row, their number stands above the panel. Curves may coincide: broken lines lie over solid ones, and markers,
+    which are hollow, are staggered where curves have many points. The axis of losses spans the second half of the runs,
+    where methods differ; what lies above comes earlier. Losses that are not finite are left out.
 
     Args:
         table: Tidy table `convergence.csv`. Drawn is the evaluation loss, and the training loss for a kind of run
@@ -58,22 +60,31 @@ def plot(table: pd.DataFrame) -> Figure:
             machine = of_kind.groupby("machine", sort=False)["series"].nunique().idxmax()
             timed = of_shared_seeds(of_all[of_all["machine"] == machine])
             for ax, (column, (_, unit)) in zip(row, _AXES.items(), strict=True):
-                for (method, series), drawn in (timed if column == "time_s" else of_kind).groupby(["method", "series"]):
+                curves = (timed if column == "time_s" else of_kind).groupby(["method", "series"])
+                for i, ((method, series), drawn) in enumerate(curves):
                     look = s.look(s.METHODS, method)
                     points = drawn.groupby("step")[["tokens", "time_s", "value"]].agg(["mean", "min", "max"])
                     x = points.index if column == "step" else points[column]["mean"] / unit
                     value = points["value"]
-                    front = 3 if method == "misa" else 2  # the method that the others are compared with
                     (line,) = ax.plot(
                         *(x, value["mean"]),
                         color=look.color,
                         linestyle=look.dash,
+                        zorder=2 if look.dash == "solid" else 3,
+                    )
+                    (marks,) = ax.plot(
+                        *(x, value["mean"]),
+                        color=look.color,
+                        linestyle="none",
                         marker=look.marker,
-                        markevery=list(range(len(points)))[:: -max(1, len(points) // 4)],
-                        zorder=front,
+                        markersize=4,
+                        markerfacecolor="none",
+                        markeredgewidth=0.8,
+                        markevery=_marked(len(points), i, len(curves)),
+                        zorder=4,
                     )
                     ax.fill_between(x, value["min"], value["max"], color=look.color, alpha=0.2, linewidth=0)
-                    handles.setdefault((order.index(method), series_label(series, method)), line)
+                    handles.setdefault((order.index(method), series_label(series, method)), (line, marks))
             if len(late):
                 margin = 0.05 * (late.max() - late.min()) or 0.05
                 row[0].set_ylim(late.min() - margin, late.max() + margin)
@@ -83,6 +94,8 @@ def plot(table: pd.DataFrame) -> Figure:
                 ax.set_xlabel(label)
                 ax.set_xlim(left=0)
                 ax.locator_params(axis="x", nbins=3)
+            if (seeds := set(timed["seed"])) != set(of_kind["seed"]):
+                row[-1].set_title(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}", loc="right", size="medium")
         keys = sorted(handles)
         lines, labels = [handles[key] for key in keys], [label for _, label in keys]
         # Four short names fit beside each other, or three of any length.
@@ -102,3 +115,9 @@ def _panels(losses: pd.DataFrame) -> dict[str, pd.DataFrame]:
             named = f": {data}" if of_kind["data"].nunique() > 1 else ""
             panels[f"{_TITLES.get(kind, kind)}{named}"] = of_kind[of_kind["data"] == data]
     return panels
+
+
+def _marked(num_points: int, curve: int, num_curves: int) -> list[int]:
+    """Points of a curve that have a marker: all of few; of as many as there are curves, one in each half, staggered."""
+    every = num_points // 2 + 1 if num_points >= num_curves else 1
+    return list(range(num_points))[-1 - curve * every // num_curves :: -every]

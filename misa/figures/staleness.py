@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from misa.figures import style as s
@@ -34,7 +34,8 @@ _AGES = {"round_start": "inside a round", "snapshot": "between snapshots"}
 def plot(table: pd.DataFrame) -> Figure:
     """Draw the rank correlation by age and by how scores are kept, and the share captured by draws by each.
 
-    Points are single measurements, bars and horizontal lines means, whiskers the range.
+    Above, points and horizontal lines are means, and whiskers run from the lowest to the highest value of an age.
+    Below, faint points are single measurements, and vertical bars their means.
 
     Args:
         table: Tidy table `staleness.csv`.
@@ -46,7 +47,7 @@ def plot(table: pd.DataFrame) -> Figure:
         ValueError: If columns are missing or there are no rows.
     """
     s.require(table, COLUMNS)
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter
 
     correlation = table[table["quantity"] == "rank_correlation"]
     captured = table[(table["quantity"] == "captured_share") & table["source"].isin(list(_SOURCES))]
@@ -66,8 +67,8 @@ def plot(table: pd.DataFrame) -> Figure:
                 top.axhline(own.mean(), color=s.look(s.SCHEMES, scheme).color, label=label, **line)
         if len(correlation) and (correlation["age"] > 0).any():
             top.set_xscale("log")
-            top.set_xticks(_apart(correlation.loc[correlation["age"] > 0, "age"]))
-            top.xaxis.set_major_formatter(ScalarFormatter())
+            ages = sorted(set(correlation.loc[correlation["age"] > 0, "age"]))
+            top.set_xticks(ages, _tick_labels(ages))
             top.xaxis.set_minor_formatter(NullFormatter())
         top.set_xlabel("age of the scores (steps)")
         top.set_ylabel("rank correlation\nwith fresh scores")
@@ -90,10 +91,13 @@ def plot(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _apart(ages: Iterable[float]) -> list[float]:
-    """The ages whose labels have room on a logarithmic axis, from the lowest."""
-    kept: list[float] = []
-    for age in sorted(ages):
-        if not kept or age >= 1.5 * kept[-1]:
-            kept.append(age)
-    return kept
+def _tick_labels(ages: Sequence[float]) -> list[str]:
+    """Labels of rising ages on a logarithmic axis, in a second line where the first is full, none where both are."""
+    last = {"": 0.0, "\n": 0.0}
+    labels = []
+    for age in ages:
+        line = next((line for line in last if age >= 1.5 * last[line]), None)
+        labels.append("" if line is None else f"{line}{age:g}")
+        if line is not None:
+            last[line] = age
+    return labels

@@ -184,7 +184,10 @@ def stack_bars(ax: Any, wide: Any, height: float) -> dict[str, Any]:
     start = 0 * wide.iloc[:, 0]
     for category in in_order(CATEGORIES, wide.columns[wide.any()]):
         shown = look(CATEGORIES, category)
-        handles[shown.label] = ax.barh(range(len(wide)), wide[category], left=start, color=shown.color, height=height)
+        # No edge: it would hide what is thinner than itself.
+        handles[shown.label] = ax.barh(
+            range(len(wide)), wide[category], left=start, color=shown.color, height=height, linewidth=0
+        )
         start = start + wide[category]
     return handles
 

@@ -149,6 +149,18 @@ def test_memory_bars_end_at_the_total_of_the_table():
     assert [ends[i] for i in range(len(METHODS))] == pytest.approx([totals[method] for method in METHODS])
 
 
+def test_thin_parts_of_memory_bars_are_not_hidden_by_edges():
+    for name in ("memory", "memory_stacked"):
+        for axes in plot(name, TABLES[name]()).axes:
+            assert {bar.get_linewidth() for bar in axes.patches} == {0}, name
+
+
+def test_ages_near_each_other_have_their_labels_in_two_lines():
+    table = pd.concat([staleness().assign(age=lambda t, k=k: k * t["age"]) for k in (1, 1.25, 1.4)])
+    labels = [label.get_text() for label in plot("staleness", table).axes[0].get_xticklabels()]
+    assert labels == ["5", "\n6.25", "", "10", "\n12.5", "", "40", "\n50", ""]
+
+
 def test_kind_without_evaluation_shows_its_training_loss():
     table = convergence()
     table.loc[table["kind"] == "finetune", "metric"] = "train_loss"
@@ -250,6 +262,27 @@ def test_all_figures_skip_tables_without_rows(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"memory.pdf", "memory.png"}
     assert main(["staleness", *words]) == 2
     assert "table has no rows" in capsys.readouterr().err
+
+
+def test_known_ending_of_an_output_is_taken_off_and_no_other(tmp_path):
+    memory().to_csv(tmp_path / "memory.csv", index=False)
+    for output in ("paper.v1/one.pdf", "paper.v1/two.png", "paper.v1/three.v2"):
+        assert main(["memory", "--data_dir", str(tmp_path), "--output", str(tmp_path / output)]) == 0
+    names = {f"{stem}.{ending}" for stem in ("one", "two", "three.v2") for ending in ("pdf", "png")}
+    assert {path.name for path in (tmp_path / "paper.v1").iterdir()} == names
+
+
+def test_ablation_is_drawn_from_the_tables_of_a_fresh_run_as_well(tmp_path, capsys):
+    settings().to_csv(tmp_path / "settings.csv", index=False)
+    words = ["--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert main(["ablation", *words]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ablation.pdf", "ablation.png"}
+    assert main(["all", *words]) == 2  # where the settings may be those of runs for all figures
+    assert f"{tmp_path / 'ablation/settings.csv'} does not exist" in capsys.readouterr().err
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "settings.csv").write_text("")
+    assert main(["ablation", *words]) == 2  # its own folder comes first
+    assert f"{tmp_path / 'ablation/settings.csv'} is empty" in capsys.readouterr().err
 
 
 def test_times_of_another_machine_are_left_out():

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom on the cached tables and shows its figures."""
+"""Every notebook runs from top to bottom on the cached tables, in either folder, and shows its figures."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import nbclient
 import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+from misa.figures import cached_text
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLES = ROOT / "paper_figures" / "data"
@@ -33,13 +35,25 @@ def test_notebook_is_stored_without_outputs_and_names_the_plain_kernel(path):
             assert not any(word in cell.source for word in ("def ", "for ", "if ", "import matplotlib", "plt."))
 
 
+def test_text_of_a_table_is_found_from_any_folder_of_the_checkout(monkeypatch, tmp_path):
+    for folder in (ROOT, ROOT / "notebooks"):
+        monkeypatch.chdir(folder)
+        assert cached_text("paired") == (ROOT / "paper_figures" / "tables" / "paired.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tables/pie\.md does not exist"):
+        cached_text("pie")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no folder paper_figures/data at or above"):
+        cached_text("paired")
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["from the root", "from its folder"])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_notebook_runs_and_shows_a_figure(path):
+def test_notebook_runs_and_shows_a_figure(path, folder):
     if not any(TABLES.glob("*.csv")):
         pytest.skip(f"no cached tables in {TABLES.relative_to(ROOT)}: run the pipeline once and keep its tables there")
     notebook = read(path)
     client = nbclient.NotebookClient(
-        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=60, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     )
     try:
         client.execute()
