@@ -38,20 +38,26 @@ def save(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
 def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimizer) -> None:
     """Continue from a checkpoint, also one of another number of processes; all processes call this together.
 
+    The model is written to last, so that a checkpoint that is refused leaves it as it was.
+
     Args:
         folder: Folder that `save` wrote.
         model: The model, of the same architecture.
         optimizer: An optimizer with the same settings.
 
     Raises:
-        ValueError: If the checkpoint belongs to another model.
+        ValueError: If the checkpoint belongs to another model or optimizer.
     """
     model = unwrapped(model, resting=False)
+    weights = model.state_dict()
     params = {name: p for group in optimizer.param_groups for name, p in _named(optimizer, group)}
     found = dcp.FileSystemReader(str(folder)).read_metadata()
     state: dict[str, Any] = {"state": {}}  # which has no entry where nothing holds state
+    shapes: dict[str, list[int]] = {}
     for key, stored in found.state_dict_metadata.items():
         path = (found.planner_data or {}).get(key)
+        if path is not None and path[0] == MODEL and isinstance(stored, TensorStorageMetadata):
+            shapes[path[1]] = list(stored.size)
         if path is None or path[0] != OPTIMIZER:
             continue
         # state -> name of the parameter -> name of the moment
@@ -59,10 +65,17 @@ def load(folder: str | Path, model: nn.Module, optimizer: BlockCoordinateOptimiz
         if path[1] == "state" and param is None:
             raise ValueError(f"{folder}: has state of {path[2]}, which this optimizer does not train")
         _set(state, path[1:], _room(stored, param, optimizer._workers))
-    whole = {MODEL: model.state_dict(), OPTIMIZER: state}
-    dcp.load(whole, checkpoint_id=str(folder))
-    model.load_state_dict(whole[MODEL])
-    optimizer.load_state_dict(whole[OPTIMIZER])
+    own = {name: list(value.shape) for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    if different := sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name)):
+        name = different[0]
+        raise ValueError(
+            f"{folder}: does not belong to this model: {len(different)} tensors differ; first {name}, whose shape was "
+            f"{shapes.get(name)} and is {own.get(name)} (None: there is no such tensor)"
+        )
+    dcp.load({OPTIMIZER: state}, checkpoint_id=str(folder))
+    optimizer.load_state_dict(state)
+    dcp.load({MODEL: weights}, checkpoint_id=str(folder))
+    model.load_state_dict(weights)
 
 
 def _named(optimizer: BlockCoordinateOptimizer, group: dict[str, Any]) -> list[tuple[str, nn.Parameter]]:

@@ -180,9 +180,9 @@ def measure(settings: VarianceArguments, command: list[str]) -> Path:
                 f"{100 * row['variance_agreement']:+.2f} %), captured {100 * row['captured_share']:.3g} %, "
                 f"effective blocks {row['effective_blocks']:.3g}"
             )
-    # Before the rounds are followed, which may find something wrong.
-    write_csv(folder / "gradient_norms.csv", NORM_COLUMNS, norms)
-    write_csv(folder / "variance.csv", VARIANCE_COLUMNS, variances)
+        # So far: something may be wrong with the next one, or with the rounds that are followed.
+        write_csv(folder / "gradient_norms.csv", NORM_COLUMNS, norms)
+        write_csv(folder / "variance.csv", VARIANCE_COLUMNS, variances)
     stale = [
         row
         for own in of_run.values()
@@ -295,7 +295,7 @@ def find_snapshots(models: list[str]) -> list[Snapshot]:
     """
     snapshots: list[Snapshot] = []
     for word in models:
-        name, equals, path = word.partition("=")
+        name, equals, path = (word, "", "") if Path(word).is_dir() else word.partition("=")
         folder = Path(path if equals else word)
         if not folder.is_dir():
             raise ValueError(f"model {folder} is not a folder")

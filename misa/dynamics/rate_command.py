@@ -9,6 +9,8 @@ rate.csv and result.json.
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -100,10 +102,10 @@ def measure_rate(settings: RateArguments, command: list[str]) -> Path:
             mean = mean_sq_norm(*(make[problem](seed), num_updates, interval, lr, settings.budget, momentum_step, seed))
             setting = {"problem": problem, "momentum_step": momentum_step, "interval": interval, "seed": seed}
             rows.append(setting | {"num_updates": num_updates, "lr": lr, "mean_sq_norm": mean})
+    write_csv(folder / "rate.csv", COLUMNS, rows)
     metrics = slopes(rows)
     for name, value in metrics.items():
         print(f"{name}: {value:.3f}")
-    write_csv(folder / "rate.csv", COLUMNS, rows)
     result = Result(
         run=settings.run,
         kind="rate",
@@ -127,7 +129,8 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
         rows: Of `rate.csv`.
 
     Returns:
-        `<problem>/T<interval>/<with or without>/slope`, `.../slope_low` and `.../slope_high`.
+        `<problem>/T<interval>/<with or without>/slope`, `.../slope_low` and `.../slope_high`; none of a group in which
+        a run diverged, which is said on standard error.
     """
     from misa.dynamics.rate import fit_slope
 
@@ -137,6 +140,10 @@ def slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
         line = "with" if row["momentum_step"] else "without"
         groups.setdefault(f"{row['problem']}/T{row['interval']}/{line}", []).append(row)
     for name, own in groups.items():
+        if lost := [row for row in own if not 0 < row["mean_sq_norm"] < math.inf]:
+            runs = ", ".join(f"{row['num_updates']} updates of seed {row['seed']}" for row in lost)
+            print(f"{name}: no slope, since these diverged at lr {lost[0]['lr']:.3g}: {runs}", file=sys.stderr)
+            continue
         found = fit_slope(*([row[column] for row in own] for column in ("num_updates", "mean_sq_norm", "seed")))
         values = zip(("slope", "slope_low", "slope_high"), found, strict=True)
         metrics |= {f"{name}/{key}": value for key, value in values}

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from cases import rows
-from tiny import llama
+from tiny import llama, moved, weights
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 
 from benchmarks.distributed import Traffic
 from misa.distributed import checkpoint, wrapped
-from misa.optimizer import MISA
+from misa.optimizer import MISA, BAdam
 
 
 def message(call: Any) -> str:
@@ -125,6 +125,20 @@ def checkpoint_of_wrapped(folder: str) -> bool:
     return all(torch.equal(p, q) for p, q in zip(wrapped_model.module.parameters(), model.parameters(), strict=True))
 
 
+def wrong_checkpoints(folder: str) -> list[tuple[str, bool]]:
+    """What loading says of a checkpoint of another model or optimizer, and whether the weights are as before."""
+    model = llama(2)
+    checkpoint.save(folder, model, MISA(model, budget=0.3))
+    others: list[tuple[Any, Any]] = [(llama(3, seed=1), MISA), (llama(2, seed=1, vocab_size=70), MISA)]
+    others += [(llama(2, torch.bfloat16, seed=1), MISA), (llama(2, seed=1), BAdam)]
+    found = []
+    for other, preset in others:
+        optimizer, before = preset(other), weights(other)
+        said = message(lambda other=other, optimizer=optimizer: checkpoint.load(folder, other, optimizer))
+        found.append((said, not moved(before, other)))
+    return found
+
+
 def wrapper_is_alive() -> tuple[bool, bool]:
     """Whether a wrapper's reducer, which holds the buckets, lives before and after the optimizer is made."""
     model = DistributedDataParallel(llama(2))
@@ -200,4 +214,7 @@ CALLS = (
 
 
 def all_failures(folder: str) -> dict[str, Any]:
-    return {call.__name__: call() for call in CALLS} | {"checkpoint": checkpoint_of_wrapped(folder)}
+    return {call.__name__: call() for call in CALLS} | {
+        "checkpoint": checkpoint_of_wrapped(f"{folder}/wrapped"),
+        "wrong checkpoints": wrong_checkpoints(f"{folder}/wrong"),
+    }

@@ -114,6 +114,16 @@ def test_checkpoint_of_a_wrapped_model_loads_into_a_bare_one(failures: list[dict
     assert all(found["checkpoint"] for found in failures)
 
 
+def test_wrong_checkpoints_are_refused_and_leave_the_model_as_it_was(failures: list[dict[str, Any]]) -> None:
+    for found in failures:
+        said, unchanged = zip(*found["wrong checkpoints"], strict=True)
+        assert all(unchanged)
+        assert all(words.startswith("ValueError: ") for words in said)
+        assert "does not belong to this model: 9 tensors differ; first model.layers.2." in said[0]
+        assert "first lm_head.weight, whose shape was [64, 32] and is [70, 32]" in said[1]
+        assert all("does not belong to this model" in words for words in said[2:])
+
+
 def test_model_is_saved_as_a_whole_while_its_optimizer_lives(failures: list[dict[str, Any]]) -> None:
     assert all(found["saved_as_a_whole"] for found in failures)
 

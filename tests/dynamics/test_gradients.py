@@ -238,6 +238,22 @@ def test_scores_of_an_earlier_snapshot_are_judged_by_the_gradients_of_a_later_on
     assert not list(between([("a", -1, snapshot(rising)), ("b", 30, small), ("c", 40, snapshot(rising))], 0.2, 0.5))
 
 
+def test_folder_with_an_equals_sign_in_its_path_is_a_folder(tmp_path):
+    folder = tmp_path / "lr=0.001" / "checkpoint-10"
+    folder.mkdir(parents=True)
+    assert [found.name for found in find_snapshots([str(folder), f"x={folder}"])] == ["checkpoint-10", "x"]
+
+
+def test_tables_hold_the_snapshots_before_one_that_cannot_be_measured(snapshot, tmp_path, capsys):
+    folder, corpus = snapshot
+    (tmp_path / "empty").mkdir()
+    words = ["variance", "--dataset_path", str(corpus), "--output_dir", str(tmp_path), "--num_draws", "2"]
+    words += ["--num_batches", "2", "--batch_size", "2", "--seq_len", "8", "--budget", "0.5"]
+    assert main([*words, "--model", str(folder), str(tmp_path / "empty")]) == 2
+    assert "empty" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "gradient_norms.csv")) == 4 * 7
+
+
 def test_unrelated_models_in_one_folder_are_no_snapshots_of_one_run(tmp_path):
     for name in ("one", "other", "run/checkpoint-10", "run/checkpoint-20"):
         (tmp_path / name).mkdir(parents=True)

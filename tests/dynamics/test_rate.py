@@ -132,6 +132,16 @@ def test_command_writes_the_table_and_the_slopes(corpus, tmp_path):
     )
 
 
+def test_runs_that_diverge_leave_the_table_and_the_other_slopes(corpus, tmp_path, capsys):
+    words = ["rate", "--dataset_path", str(corpus), "--output_dir", str(tmp_path), "--llama_lr", "1e30"]
+    words += ["--waves_updates", "4,8", "--llama_updates", "2,4", "--intervals", "1", "--num_batches", "2"]
+    assert main([*words, "--seq_len", "8"]) == 0
+    assert "llama/T1/with: no slope, since these diverged at lr 7.07e+29: 2 updates" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "rate.csv")) == 2 * 2 * 2
+    metrics = json.loads((tmp_path / "result.json").read_text())["metrics"]
+    assert {name.partition("/")[0] for name in metrics} == {"waves"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
