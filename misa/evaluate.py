@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from misa.evaluation.folder import ModelFolder
 from misa.extras import exit_with
 from misa.models import first_line
 
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0 if the result is there afterwards, 2 if something asked for is wrong.
+        Exit status: 0 if the result is there afterwards, 2 if something asked for is wrong, 130 if it was interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _go_offline(words)
@@ -106,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Messages of the libraries run over many lines; the first one says what is wrong.
         print(f"misa.evaluate: error: {first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("misa.evaluate: interrupted; the same command goes on from the responses that are there", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -114,11 +118,21 @@ def _go_offline(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model_name_or_path", "--model-name-or-path", default="")
     parser.add_argument("--data_dir", "--data-dir", default="")
-    parser.add_argument("--offline", nargs="?", const=True)
+    parser.add_argument("--base")
+    parser.add_argument("--offline", nargs="?", const="true", default="false")
     known, _ = parser.parse_known_args(words)
-    is_offline = str(known.offline) not in ("None", "False", "false", "0")
-    if is_offline or (known.data_dir and Path(known.model_name_or_path).exists()):
+    is_offline = known.offline.lower() in ("yes", "true", "t", "y", "1")  # as the parser of transformers reads it
+    models = [known.model_name_or_path, *([known.base] if known.base else [])]
+    if is_offline or (known.data_dir and all(map(_is_local, models))):
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def _is_local(model: str) -> bool:
+    """Whether a model is on this machine, of an adapter its base as well."""
+    try:
+        return Path(model).exists() and Path(ModelFolder(model).base).exists()
+    except ValueError:
+        return Path(model).exists()  # an evaluation, say; what is wrong with a model is said later
 
 
 def _name_tasks(parser: object) -> None:

@@ -13,6 +13,8 @@ from misa.files import write_text
 
 COMPARISON_FILE = "comparison.csv"
 NUM_RESAMPLES = 9999
+# Numbers that the permutation test holds at a time: 16 MB, and no p value depends on it.
+MOST_SIGNS = 2_000_000
 
 # The one metric whose samples hold a pair: the log-likelihood of a document in nats, and its bytes.
 BITS_PER_BYTE = "bits_per_byte"
@@ -92,6 +94,7 @@ def compare(
             np.mean,
             permutation_type="samples",
             n_resamples=NUM_RESAMPLES,
+            batch=max(1, MOST_SIGNS // len(difference)),
             rng=np.random.default_rng(0),
         )
         p_value = found.pvalue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class ModelFolder:
         source, of_file = self.source
         try:
             return AutoConfig.from_pretrained(source, **of_file)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, struct.error) as error:
             raise ValueError(
                 f"model_name_or_path {self.name_or_path} gives no model, allowed is a folder with config.json or "
                 f"{ADAPTER_CONFIG}, a GGUF file, or a hub id: {first_line(error)}"
@@ -119,23 +120,33 @@ class ModelFolder:
             return resolve_dtype("auto")
         if dtype != "auto" or not (Path(self.base) / "config.json").is_file():
             return dtype
-        config = json.loads((Path(self.base) / "config.json").read_text(encoding="utf-8"))
+        config = _read_object(Path(self.base) / "config.json")
         saved = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         return saved if saved == "float32" or resolve_dtype("auto") != "float32" else "float32"
 
     def _base_of_adapter(self) -> str:
         path = self.folder / ADAPTER_CONFIG
-        try:
-            base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not name the base model: {error!r}") from error
+        base = _read_object(path).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(f"{path} does not name the base model: base_model_name_or_path is {base!r}")
         # A base that was moved together with its adapter is found by its path relative to the adapter.
         for candidate in (Path(base), self.folder / base):
             if (candidate / "config.json").is_file():
                 return str(candidate)
         if not HUB_ID.fullmatch(base):
             raise ValueError(f"{path} names the base model {base}, which is not there")
-        return str(base)
+        return base
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object, but {type(found).__name__}")
+    return found
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from misa.evaluation.beams import SHARED_ATTENTION, beam_search, can_search
 from misa.evaluation.folder import ModelFolder
+from misa.models import first_line
 
 # Documents scored between two entries in the request cache.
 ROLLING_DOCUMENTS = 256
@@ -201,21 +202,23 @@ def load_model(
         batch_size: Documents at a time; None chooses.
         max_length: Longest context in tokens; None takes the model's own.
         max_prompt_length: Longest prompt of a generated answer in tokens; None sets no limit.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    Raises:
+        ValueError: If it cannot be loaded, weights are missing, or the tokenizer has no end token.
+    """
     # The harness's warnings are about a model that is given as an object, which is what is meant here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    source, of_file = folder.source
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **of_file)
-    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
-        model.set_attn_implementation(SHARED_ATTENTION)
-    if folder.is_adapter:
-        from peft import PeftModel
-
-        # Not merged: merging rounds the sum to the dtype of the base, which is not the model that was trained.
-        model = PeftModel.from_pretrained(model, folder.name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(source if of_file else folder.tokenizer, **of_file)
+    named = f"model_name_or_path {folder.name_or_path}"
+    try:
+        model, tokenizer, missing = _load(folder, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what libraries raise for damaged files has no class in common
+        raise ValueError(f"{named} cannot be loaded: {first_line(error) or type(error).__name__}") from error
+    if missing:
+        raise ValueError(f"{named} lacks {len(missing)} weights of the model: {', '.join(missing[:3])}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{named}: its tokenizer has no end token (eos_token), with which prompts and answers end")
     loaded = Model(
         pretrained=model.to(device),
         tokenizer=tokenizer,
@@ -229,3 +232,20 @@ def load_model(
     loaded.auto_batch_size = batch_size is None
     loaded.max_prompt_length = max_prompt_length
     return loaded
+
+
+def _load(folder: ModelFolder, dtype: str) -> tuple[Any, Any, list[str]]:
+    """Model, tokenizer, and the weights that no file holds, which would be random numbers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, of_file = folder.source
+    model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **of_file)
+    missing = sorted(found["missing_keys"])
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(SHARED_ATTENTION)
+    if folder.is_adapter:
+        from peft import PeftModel
+
+        # Not merged: merging rounds the sum to the dtype of the base, which is not the model that was trained.
+        model = PeftModel.from_pretrained(model, folder.name_or_path)
+    return model, AutoTokenizer.from_pretrained(source if of_file else folder.tokenizer, **of_file), missing

@@ -8,10 +8,11 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misa.data import formats
+from misa.data import formats, instruction
 from misa.data.instruction import read_instructions
 from misa.data.records import Record, numbered_records, read_records, require_split, sound_records
 from misa.evaluation.standard import OF_BENCHMARK, STANDARD_TASKS, files_of, local_config, task_folder
@@ -107,13 +108,29 @@ def task_digest(task: str) -> str:
     return digest.hexdigest()
 
 
-def data_files(tasks: Sequence[str], data_dir: str | None, offline: bool = False) -> dict[str, list[Path]]:
+@functools.cache
+def code_digest(task: str) -> str:
+    """Return one SHA-256 over the code that a score depends on beside the task: prompts, search, the harness."""
+    digest = hashlib.sha256(metadata.version("lm_eval").encode())
+    names = ("beams", "model", "scoring", "standard")
+    paths = [Path(instruction.__file__), *(Path(__file__).with_name(f"{name}.py") for name in names)]
+    if task in STANDARD_TASKS:
+        paths += sorted(task_folder(task).rglob("*.py"))
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def data_files(
+    tasks: Sequence[str], data_dir: str | None, offline: bool = False, limit: int | None = None
+) -> dict[str, list[Path]]:
     """Return the local files that each task reads; none for a task whose data comes from the hub.
 
     Args:
         tasks: Names of tasks.
         data_dir: Folder with the data, or None for the hub.
         offline: Refuse the hub.
+        limit: Documents of a task that are scored, from the first; None for all.
 
     Raises:
         ValueError: If the folder or a file is missing; the message says where it comes from. If a record is malformed,
@@ -136,11 +153,11 @@ def data_files(tasks: Sequence[str], data_dir: str | None, offline: bool = False
         else:
             files[task] = [find_test(task.removeprefix(PREFIX), data_dir)]
         if data_dir is not None:
-            _require_answers(task, data_dir)
+            _require_answers(task, data_dir, limit)
     return files
 
 
-def _require_answers(task: str, data_dir: str) -> None:
+def _require_answers(task: str, data_dir: str, limit: int | None) -> None:
     """Refuse what no response can be scored against, which would show after all are generated, or not at all."""
     if task in STANDARD_TASKS:
         read_test(STANDARD_TASKS[task].dataset, data_dir, STANDARD_TASKS[task].row)
@@ -153,8 +170,8 @@ def _require_answers(task: str, data_dir: str) -> None:
         sound_records(numbered_records(path), _require_words, 0.0, str(path))
     else:
         path = require_split(data_dir, "validation")
-        if not any(record["text"] for record in read_records(path, ("text",))):
-            raise ValueError(f"{path} has no text in any record")
+        if not any(record["text"] for record in read_records(path, ("text",))[:limit]):
+            raise ValueError(f"{path} has no text in {'any record' if limit is None else f'the first {limit} records'}")
 
 
 def _require_words(record: Record) -> Record:

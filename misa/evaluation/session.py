@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ HARNESS_FILE = "lm_eval.json"
 FINISHED_FOLDER = "finished"
 REQUESTS_FOLDER = "requests"
 BASE_FOLDER = "base"
+
+# What a run has done that ends with a model.
+TRAINING_KINDS = ("finetune", "pretrain")
 
 # Settings in which two evaluations must be the same to be compared.
 COMPARED_SETTINGS = ("max_length", "max_seq_length", "dtype", "seed")
@@ -40,12 +44,12 @@ def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
     """
     from misa.evaluation.folder import ModelFolder
     from misa.evaluation.scoring import data_files
-    from misa.results import RESULT_FILE
+    from misa.results import RESULT_FILE, read_result
     from misa.training.lock import FolderLock
 
     tasks = _checked_tasks(arguments)
     folder = ModelFolder(arguments.model_name_or_path, arguments.offline)
-    files = data_files(tasks, arguments.data_dir, arguments.offline)
+    files = data_files(tasks, arguments.data_dir, arguments.offline, arguments.limit)
     config = _resolve(arguments, tasks, folder, files)
     output = Path(arguments.output_dir)
     is_done = _is_done(output, config)
@@ -55,6 +59,7 @@ def evaluate(arguments: EvaluateArguments, command: Sequence[str]) -> Path:
     base_file = _base_file(arguments, config, command) if arguments.base else None
     if is_done:
         print(f"{output}: already evaluated with these settings, nothing to do")
+        _report(read_result(output), arguments)
     else:
         lock = FolderLock([output])
         lock.acquire()
@@ -75,7 +80,10 @@ def _require_room(tasks: list[str], folder: ModelFolder, max_length: int | None)
     from misa.evaluation.model import require_room
     from misa.evaluation.scoring import num_generated
 
-    longest = max_length or resolve_max_length(folder.config)
+    own = resolve_max_length(folder.config)
+    if max_length is not None and max_length > own:
+        raise ValueError(f"max_length is {max_length}, allowed is up to the {own} tokens that the model is made for")
+    longest = max_length or own
     for task in tasks:
         require_room(task, num_generated(task), longest)
 
@@ -83,6 +91,8 @@ def _require_room(tasks: list[str], folder: ModelFolder, max_length: int | None)
 def _base_file(arguments: EvaluateArguments, config: dict[str, Any], command: Sequence[str]) -> Path:
     """Return the harness's results of the model to compare with, scoring it first if it is no finished evaluation."""
     base = Path(str(arguments.base))
+    if base.resolve() == Path(arguments.output_dir).resolve():
+        raise ValueError(f"base is {base}, the folder of this evaluation; allowed is another evaluation, or a model")
     if (base / HARNESS_FILE).is_file():
         _require_same(base / HARNESS_FILE, config)
         return base / HARNESS_FILE
@@ -180,7 +190,7 @@ def _resolve(
     import torch
 
     from misa.data.records import files_digest
-    from misa.evaluation.scoring import task_digest
+    from misa.evaluation.scoring import code_digest, task_digest
     from misa.models import first_line
 
     settings = asdict(arguments)
@@ -199,6 +209,7 @@ def _resolve(
     return settings | {
         "model_digest": folder.digest,
         "task_digests": {task: task_digest(task) for task in tasks},
+        "code_digests": {task: code_digest(task) for task in tasks},
         "data_digests": {task: files_digest(files[task]) if files[task] else "" for task in tasks},
     }
 
@@ -216,6 +227,7 @@ def _key(config: dict[str, Any], task: str, of_response: bool = False) -> str:
         "seed",
     )
     parts = [config.get(name) for name in names] + [config["task_digests"][task], config["data_digests"][task]]
+    parts.append(config.get("code_digests", {}).get(task))
     # A hub id has no digest, so there the name has to do.
     parts.append(task if config["model_digest"] else [task, config["model_name_or_path"]])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -226,15 +238,20 @@ def _is_done(output: Path, config: dict[str, Any]) -> bool:
 
     if not (output / RESULT_FILE).is_file() or not (output / HARNESS_FILE).is_file():
         return False
-    known = read_result(output).config
-    if known.get("tasks") != config["tasks"]:
+    try:
+        json.loads((output / HARNESS_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        return False  # it was cut off
+    result = read_result(output)
+    known = result.config
+    if known.get("tasks") != config["tasks"] or config["run"] not in (None, result.run):
         return False
     return all(_key(known, task) == _key(config, task) for task in config["tasks"])
 
 
 def _scores(arguments: EvaluateArguments, tasks: list[str], folder: ModelFolder, config: dict[str, Any]) -> list[Score]:
     """Run the tasks that are not finished yet, keeping each as soon as it is done."""
-    from misa.evaluation.scoring import Score, run_task
+    from misa.evaluation.scoring import run_task
     from misa.files import write_text
 
     kept = {
@@ -243,7 +260,8 @@ def _scores(arguments: EvaluateArguments, tasks: list[str], folder: ModelFolder,
     model = None
     scores = []
     for task in tasks:
-        if kept[task].is_file():
+        score = _kept_score(kept[task])
+        if score is not None:
             print(f"{task}: finished before, taken from {kept[task]}")
         else:
             if model is None:
@@ -266,9 +284,34 @@ def _scores(arguments: EvaluateArguments, tasks: list[str], folder: ModelFolder,
                 # No larger limit can want them.
                 for path in requests.parent.glob(f"{requests.name}*"):
                     path.unlink()
-        # Read back even when it was just made, so that a resumed evaluation gives the same bytes.
-        scores.append(Score(**json.loads(kept[task].read_text(encoding="utf-8"))))
+            # Read back, so that a resumed evaluation gives the same bytes.
+            score = _kept_score(kept[task])
+            assert score is not None
+        scores.append(score)
     return scores
+
+
+def _kept_score(path: Path) -> Score | None:
+    """A score that was kept, or None if there is none, or what is there cannot be read."""
+    from misa.evaluation.scoring import Score
+
+    try:
+        return Score(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _training_run(folder: ModelFolder) -> Result | None:
+    """The run that made the model, if it lies in the folder of one."""
+    from misa.results import read_result
+
+    if not folder.folder.exists():  # it is the name of one on a hub
+        return None
+    try:
+        found = read_result(folder.folder.resolve().parent)
+    except ValueError:
+        return None
+    return found if found.kind in TRAINING_KINDS else None
 
 
 def _write(
@@ -279,19 +322,20 @@ def _write(
     command: Sequence[str],
 ) -> Path:
     """Write the harness's answer, then the result file, and print the scores."""
+    from misa.evaluation.comparison import COMPARISON_FILE
     from misa.evaluation.scoring import averages, merge_harness
     from misa.files import write_text
-    from misa.results import RESULT_FILE, Result, provenance, read_result, write_result
+    from misa.results import RESULT_FILE, Result, provenance, write_result
     from misa.results.provenance import peak_rss_bytes
 
     output = Path(arguments.output_dir)
-    trained = read_result(folder.folder.parent) if (folder.folder.parent / RESULT_FILE).is_file() else None
+    trained = _training_run(folder)
     data_digest = hashlib.sha256("".join(config["data_digests"].values()).encode()).hexdigest()
     result = Result(
         run=arguments.run or output.resolve().name,
         kind="evaluate",
         method=trained.method if trained else "none",
-        model=trained.model if trained else Path(folder.base).name,
+        model=trained.model if trained else os.path.basename(os.path.abspath(folder.base)),  # noqa: PTH100, PTH119 - keeps links, unlike `resolve`
         data=Path(arguments.data_dir).resolve().name if arguments.data_dir else "hub",
         seed=trained.seed if trained else arguments.seed,
         config=config
@@ -308,18 +352,22 @@ def _write(
         | {"evaluate_s": sum(score.evaluate_s for score in scores)},
     )
     merged = merge_harness([score.harness for score in scores])
+    # After a kill between two files, those of an earlier evaluation must not stand beside new ones.
+    for name in (RESULT_FILE, COMPARISON_FILE):
+        (output / name).unlink(missing_ok=True)
     write_text(output / HARNESS_FILE, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
     path = write_result(result, output)
     for name, value in sorted(result.metrics.items()):
         print(f"{name}: {value:.6g}")
     print(f"written: {path}")
-    if arguments.report_to == "wandb":
-        _report(result)
+    _report(result, arguments)
     return path
 
 
-def _report(result: Result) -> None:
-    """Send the scores to Weights & Biases, if it is installed; the files are complete without it."""
+def _report(result: Result, arguments: EvaluateArguments) -> None:
+    """Send the scores to Weights & Biases, if that is asked for; the files are complete without it."""
+    if arguments.report_to != "wandb":
+        return
     try:
         import wandb
     except ImportError:

@@ -68,8 +68,8 @@ def find_results(paths: Iterable[str | Path]) -> list[Found]:
         The results in the order of kind and run name.
 
     Raises:
-        ValueError: If a path holds none, a file is malformed, or two results have the same kind and run name; but a
-            run may be scored in several parts, on tasks of their own.
+        ValueError: If a path holds none, a file is malformed, or two results have the same kind and run name, of
+            scores that of the scored run; but a run may be scored in several parts, on tasks of their own.
     """
     files: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -86,11 +86,11 @@ def find_results(paths: Iterable[str | Path]) -> list[Found]:
         result = read_result(file)
         tasks = (result.kind == "evaluate" and result.config.get("tasks")) or ("",)
         for task in tasks:
-            key = (result.kind, result.run, task)
+            key = (result.kind, scored_run(result) if task else result.run, task)
             if key in taken:
                 both = f"{taken[key]}, {file.parent}"
                 which = f" with the task {task}" if task else ""
-                raise ValueError(f"two results of kind {result.kind} are called {result.run}{which}: {both}")
+                raise ValueError(f"two results of kind {result.kind} are of the run {key[1]}{which}: {both}")
             taken[key] = file.parent
         found.append((result.kind, result.run, min(tasks), Found(result, file.parent)))
     return [item for *_, item in sorted(found, key=lambda entry: entry[:3])]

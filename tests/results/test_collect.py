@@ -201,7 +201,7 @@ def test_faults_are_named(results, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no result.json at or below" in fails(tmp_path / "empty")
     write_result(result("misa-s0", "finetune"), tmp_path / "twin")
-    assert "two results of kind finetune are called misa-s0" in fails(results, tmp_path / "twin")
+    assert "two results of kind finetune are of the run misa-s0" in fails(results, tmp_path / "twin")
     (results / "memory/memory.csv").unlink()
     assert "lacks its table memory.csv" in fails(results)
 
@@ -216,7 +216,16 @@ def test_run_may_be_scored_in_parts_on_tasks_of_their_own(tmp_path, capsys):
     assert score("one", ["arc_easy"]) == score("two", ["boolq", "piqa"]) == 0
     assert set(pd.read_csv(tmp_path / "t" / "scores.csv")["task"]) == {"arc_easy", "boolq", "piqa"}
     assert score("two", ["piqa", "arc_easy"]) == 2
-    assert "are called base with the task arc_easy" in capsys.readouterr().err
+    assert "are of the run base with the task arc_easy" in capsys.readouterr().err
+
+
+def test_one_run_scored_twice_on_a_task_is_no_two_seeds(tmp_path, capsys):
+    for name in ("model", "checkpoint-2"):
+        config = {"tasks": ["arc_easy"], "base_run": "misa-s0"}
+        scored = result(name, "evaluate", metrics={"arc_easy/acc": 0.5}, config=config)
+        write_result(scored, tmp_path / "results" / name)
+    assert main(["collect", str(tmp_path / "results"), "--output_dir", str(tmp_path / "t")]) == 2
+    assert "two results of kind evaluate are of the run misa-s0 with the task arc_easy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["collect", "tables", "time"])
