@@ -34,7 +34,7 @@ reproduce: $(STAMP) ## Run the whole study at laptop scale (SCALE=workstation fo
 	@echo "== figures:       results/$(SCALE)/figures"
 	@echo "== tables:        results/$(SCALE)/tables (scores: scores.md)"
 	@echo "== one per run:   results/$(SCALE)/runs/*/result.json"
-	@echo "== report:        results/report.html"
+	@echo "== report:        results/$(SCALE)/report.html"
 
 test: checks ## Check format, types and workflow, then run all tests.
 	@echo "== tests, a process for each core (those that need a GPU or a local data folder say so and are skipped)"

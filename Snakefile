@@ -16,10 +16,12 @@ report: "workflows/report/workflow.rst"
 
 
 include: "workflows/rules/common.smk"
+include: "workflows/rules/real_sets.smk"
 include: "workflows/rules/inputs.smk"
 include: "workflows/rules/train.smk"
 include: "workflows/rules/measure.smk"
 include: "workflows/rules/figures.smk"
+include: "workflows/rules/hooks.smk"
 
 
 if not CACHED:

@@ -51,11 +51,11 @@ def _run(options: argparse.Namespace) -> int:
         _print(write_score_tables(options.tables, options.output_dir))
         _print(write_paired_table(options.tables, options.output_dir))
         _print(write_published_table(options.tables, options.output_dir))
-        _print(write_overview(options.tables, options.output_dir))
+        _print(write_overview(options.tables, options.output_dir, options.memory_grid))
     elif options.verb == "pages":
         from misa.results.pages import write_pages
 
-        _print(write_pages(options.tables, options.output_dir))
+        _print(write_pages(options.tables, options.output_dir, options.memory_grid))
     elif options.verb in STUDY_VERBS:
         from misa.figures import read_table
         from misa.results.pages import write_study_table
@@ -130,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     pages = verbs.add_parser("pages", help="the same tables, and where all runs come from, as HTML pages of the report")
     pages.add_argument("--tables", required=True, help="folder of the tidy tables and their MANIFEST.json")
     pages.add_argument("--output_dir", "--output-dir", required=True, help="folder to write")
+    for one in (tables, pages):
+        one.add_argument(
+            "--memory_grid", "--memory-grid", help="folder of memory_grid.csv and .json (default: that of the tables)"
+        )
     benchmarks = verbs.add_parser("benchmarks", help="tidy tables -> table of the paper's benchmarks, both protocols")
     benchmarks.add_argument("--tables", required=True, help="folder with scores.csv")
     benchmarks.add_argument("--output_dir", "--output-dir", default=TABLES_DIR, help="folder to write (%(default)s)")

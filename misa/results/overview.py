@@ -77,19 +77,32 @@ def overview_table(
     return head, [[label, *(column.get(label, "") for column in columns)] for label in labels.values()]
 
 
-def read_overview(tables_dir: str | Path) -> tuple[list[str], list[list[str | Cell]]]:
-    """`overview_table` of a folder of tidy tables, with the peaks of `memory_grid.csv` where that lies among them."""
+def read_overview(
+    tables_dir: str | Path, grid_dir: str | Path | None = None
+) -> tuple[list[str], list[list[str | Cell]]]:
+    """Build `overview_table` of a folder of tidy tables.
+
+    Args:
+        tables_dir: Folder with `settings.csv`, `scores.csv` and `runs.csv`.
+        grid_dir: Folder whose `memory_grid.csv` gives the peaks, if it is there. Default: `tables_dir`.
+
+    Returns:
+        Column headings, and a row for each method.
+
+    Raises:
+        ValueError: If one of the three tables is missing, or a table is unusable.
+    """
     from misa.figures import read_table
 
     settings, scores, runs = (read_tidy(tables_dir, name) for name in ("settings", "scores", "runs"))
-    grid = Path(tables_dir) / "memory_grid.csv"
+    grid = Path(grid_dir or tables_dir) / "memory_grid.csv"
     return overview_table(settings, scores, runs, read_table(grid, _GRID_COLUMNS) if grid.is_file() else None)
 
 
-def write_overview(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
-    """Write `overview.md` and `overview.tex` of a folder of tidy tables, and return their paths."""
+def write_overview(tables_dir: str | Path, output_dir: str | Path, grid_dir: str | Path | None = None) -> list[Path]:
+    """Write `overview.md` and `overview.tex` of what `read_overview` takes, and return their paths."""
     empty = "No runs to compare with MISA yet.\n"
-    return write_table("overview", *read_overview(tables_dir), output_dir, empty)
+    return write_table("overview", *read_overview(tables_dir, grid_dir), output_dir, empty)
 
 
 def _differences(of_method: Mapping[str, Sequence[str | Cell]], own_label: str) -> dict[str, str | Cell]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAGES = ("overview", *SCORE_TABLES, "paired", "published", "runs")
 #: Study of one question -> what makes its table of `settings.csv`.
 STUDIES = {"ablation": ablation_table, "learning_rates": tuning_table, "finetune_rates": tuning_table}
-RUNS_HEAD = ("run", "kind", "made", "commit", "package", "data", "torch", "machine")
+RUNS_HEAD = ("run", "study", "kind", "made", "commit", "package", "data", "torch", "machine")
 # Origin of the tables of the full-size model, which come from no run of a sheet.
 _GRID_FILE = "memory_grid.json"
 _STYLE = (
@@ -66,40 +66,44 @@ def write_study_table(
     return paths
 
 
-def runs_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]:
+def runs_table(tables_dir: str | Path, grid_dir: str | Path | None = None) -> tuple[list[str], list[list[str]]]:
     """Say of every run by which code, on what machine and when it was made.
 
     Args:
-        tables_dir: Folder with `MANIFEST.json` and, if the full-size model was measured, `memory_grid.json`.
+        tables_dir: Folder with `MANIFEST.json`, and with a folder for each study of one question, with its own.
+        grid_dir: Folder with `memory_grid.json`, if the full-size model was measured. Default: `tables_dir`.
 
     Returns:
-        Column headings, and one row for each run. Digests and commits show their first eight digits; a `*` behind a
-        commit says that the package differed from it.
+        Column headings, and one row for each run. The study is the name of its folder, "" for the tables themselves.
+        Digests and commits show their first eight digits; a `*` behind a commit says that the package differed from it.
 
     Raises:
         ValueError: If there is no manifest, or a file is no manifest.
     """
-    manifest, of_grid = Path(tables_dir, MANIFEST_FILE), Path(tables_dir, _GRID_FILE)
+    manifest, of_grid = Path(tables_dir, MANIFEST_FILE), Path(grid_dir or tables_dir, _GRID_FILE)
     if not manifest.is_file():
         raise ValueError(f"{manifest} does not exist")
+    of_studies = sorted(Path(tables_dir).glob(f"*/{MANIFEST_FILE}"))
     rows = []
-    for path in filter(Path.is_file, (manifest, of_grid)):
+    for path in (manifest, *filter(Path.is_file, [of_grid]), *of_studies):
+        study = path.parent.name if path in of_studies else ""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path == of_grid:
                 content = {"runs": [{"run": "memory_grid", "kind": "memory", **content["provenance"]}]}
-            rows += [_run_row(run) for run in content["runs"]]
+            rows += [_run_row(run, study) for run in content["runs"]]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} does not say where its tables come from: {error!r}") from None
     return list(RUNS_HEAD), rows
 
 
-def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
+def write_pages(tables_dir: str | Path, output_dir: str | Path, grid_dir: str | Path | None = None) -> list[Path]:
     """Write one page for each of `PAGES`.
 
     Args:
         tables_dir: Folder of the tidy tables and their manifest.
         output_dir: Folder to write, made if needed.
+        grid_dir: Folder of the tables of the full-size model, if it was measured. Default: `tables_dir`.
 
     Returns:
         The paths written.
@@ -109,11 +113,11 @@ def write_pages(tables_dir: str | Path, output_dir: str | Path) -> list[Path]:
     """
     scores, runs, settings = (read_tidy(tables_dir, name) for name in ("scores", "runs", "settings"))
     tables: dict[str, tuple[Sequence[str], Sequence[Sequence[str | Cell]]]] = {
-        "overview": read_overview(tables_dir),
+        "overview": read_overview(tables_dir, grid_dir),
         **{name: score_table(scores, runs, kind) for name, kind in SCORE_TABLES.items()},
         "paired": paired_table(settings, scores),
         "published": published_table(tables_dir),
-        "runs": runs_table(tables_dir),
+        "runs": runs_table(tables_dir, grid_dir),
     }
     return [write_text(Path(output_dir) / f"{name}.html", to_html(name, *tables[name])) for name in PAGES]
 
@@ -125,11 +129,12 @@ def _cell(cell: str | Cell) -> str:
     return f"<b>{text}</b>" if cell.best else text
 
 
-def _run_row(run: Mapping[str, Any]) -> list[str]:
+def _run_row(run: Mapping[str, Any], study: str) -> list[str]:
     machine = run["machine"]
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
     return [
         run["run"],
+        study,
         run["kind"],
         run["created"][:16].replace("T", " "),
         run["commit"][:8] + ("*" if run["dirty"] else ""),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 
 from misa.memory.models import MODEL_NAMES
 from misa.methods import METHODS
+from misa.results.__main__ import main
 from misa.results.benchmarks import SETS, benchmark_table
 from misa.results.pages import runs_table
 from misa.results.published import MEMORY_FILE, published, published_table, same_model
@@ -92,13 +94,34 @@ def test_pages_show_tables_and_where_runs_come_from(repository, tmp_path) -> Non
     assert set(pages) == set(PAGES)
     manifest = json.loads((tables / "MANIFEST.json").read_text())
     for run in [row["run"] for row in manifest["runs"]] + ["memory_grid"]:
-        assert f"<td>{run}</td>" in pages["runs"]
+        assert f"<td>{run}</td><td></td>" in pages["runs"]
+    for manifest in tables.glob("*/MANIFEST.json"):
+        for row in json.loads(manifest.read_text())["runs"]:
+            assert f"<td>{row['run']}</td><td>{manifest.parent.name}</td>" in pages["runs"]
     assert "MISA (arXiv 2511.00056), Table 4" in pages["published"]
     page = to_html("a<b", ["method"], [["<script>"], [Cell(2.0, 0.5, best=True)]])
     assert "&lt;script&gt;" in page
     assert "<b>2.00 ± 0.50</b>" in page
     with pytest.raises(ValueError, match=r"MANIFEST\.json does not exist"):
         runs_table(tmp_path)
+
+
+def test_memory_of_the_full_size_model_may_lie_in_another_folder(repository, tmp_path) -> None:
+    committed, tables, grid = repository / "paper_figures" / "data", tmp_path / "tables", tmp_path / "grid"
+    for folder, names in (
+        (tables, ("scores.csv", "runs.csv", "settings.csv", "MANIFEST.json")),
+        (grid, ("memory_grid.csv", "memory_grid.json")),
+    ):
+        folder.mkdir()
+        for name in names:
+            shutil.copy(committed / name, folder)
+    words = ["--tables", str(tables), "--output_dir", str(tmp_path)]
+    for more, shown in (([], False), (["--memory_grid", str(grid)], True)):
+        assert main(["tables", *words, *more]) == 0
+        assert main(["pages", *words, *more]) == 0
+        assert ("peak of a step, llama3-8b" in (tmp_path / "overview.md").read_text()) == shown
+        assert ("peak of a step, llama3-8b" in (tmp_path / "overview.html").read_text()) == shown
+        assert ("<td>memory_grid</td>" in (tmp_path / "runs.html").read_text()) == shown
 
 
 @pytest.mark.parametrize("content", ["{", '{"tables": {}}', '{"runs": [{"run": "x"}]}'])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 Snakemake = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -39,3 +40,15 @@ def snakemake(repository: Path) -> Snakemake:
 def tiny(repository: Path) -> Path:
     """The configuration of the smallest scale."""
     return repository / "tests" / "workflow" / "tiny.yaml"
+
+
+@pytest.fixture
+def sets(repository: Path, tmp_path: Path) -> Path:
+    """A folder with a training file, of no records, for each real set that a scale trains on."""
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for path in (repository / "workflows" / "config").glob("*.yaml"):
+        for mix in yaml.safe_load(path.read_text())["mixes"].values():
+            for name in mix["sets"]:
+                (folder / f"{name}_train.json").write_text("[]")
+    return folder

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from misa.methods import METHODS
+
 
 def test_typo_on_the_command_line_stops_before_any_job(snakemake, tmp_path: Path) -> None:
     done = snakemake("--cores", "1", "--config", "reslts=cached", folder=tmp_path)
@@ -46,6 +48,42 @@ def test_missing_and_impossible_values_are_named(snakemake, repository: Path, tm
         done = snakemake("-n", "--configfile", file, folder=tmp_path)
         assert done.returncode != 0
         assert message in done.stdout
+
+
+def test_names_that_the_package_does_not_know_are_refused(snakemake, repository: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((repository / "workflows" / "config" / "laptop.yaml").read_text())
+    mix = {"sets": ["gsm9k"], "train": "", "evaluate": ""}
+    (tmp_path / "mias.tsv").write_text("run\tkind\targs\nnew\tfinetune\t--method mias\n")
+    for change, message in (
+        ({"memory_grid": config["memory_grid"] | {"parts": ["misa-3x"]}}, "'misa-3x' is not one of"),
+        (
+            {"memory_grid": config["memory_grid"] | {"model": "llama9"}},
+            "memory_grid.model: 'llama9', allowed: llama3",
+        ),
+        ({"corpus": config["corpus"] | {"packages": ["numpyy"]}}, "corpus.packages: 'numpyy', which is not installed"),
+        ({"mixes": {"math": mix}}, "mixes.math.sets: 'gsm9k', allowed: alpaca-gpt4"),
+        ({"sheet": "mias.tsv"}, "method of run new: 'mias', allowed: "),
+    ):
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config | change))
+        done = snakemake("-n", "--configfile", "wrong.yaml", folder=tmp_path)
+        assert done.returncode != 0
+        assert message in done.stdout
+    methods = re.search(r"'mias', allowed: (.*)", done.stdout)
+    assert methods
+    assert set(methods[1].split(", ")) == set(METHODS)
+
+
+def test_file_with_a_part_of_the_keys(snakemake, tmp_path: Path) -> None:
+    """It replaces those of its scale; with the section `pretrain` it needs every key, and is told so."""
+    (tmp_path / "own.yaml").write_text("family: {num_train: 77}")
+    done = snakemake("family", "-n", "-p", "--configfile", "own.yaml", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "--num_train 77 --num_test 220" in done.stdout
+    (tmp_path / "own.yaml").write_text("pretrain: {args: ''}")
+    done = snakemake("-n", "--configfile", "own.yaml", folder=tmp_path)
+    assert done.returncode != 0
+    message = "'scale' is a required property; a file with the section pretrain stands for itself and needs every key"
+    assert message in done.stdout
 
 
 def test_unknown_scale_lists_the_known_ones(snakemake, tmp_path: Path) -> None:
@@ -118,17 +156,6 @@ def test_run_may_be_called_like_a_rule(snakemake, tmp_path: Path, tiny: Path) ->
     logs = re.findall(r"> (\S+\.log) 2>&1", done.stdout)
     assert len(logs) > len(names)
     assert len(logs) == len(set(logs))
-
-
-def test_folder_of_real_sets_may_be_written_in_any_way(snakemake, tmp_path: Path) -> None:
-    (tmp_path / "sets").mkdir()
-    plans = set()
-    for written in ("sets", "./sets", tmp_path / "sets"):
-        words = ("-n", "-p", "--config", "scale=workstation", f"data_dir={written}")
-        done = snakemake("results/workstation/data/math/digest.json", *words, folder=tmp_path)
-        assert done.returncode == 0, done.stdout
-        plans.update(re.findall(r"--data_dir (\S+)", done.stdout))
-    assert plans == {str(tmp_path / "sets")}
 
 
 def test_unknown_data_of_a_row_is_named(snakemake, repository: Path, tmp_path: Path) -> None:

@@ -72,35 +72,33 @@ def test_fresh_plans_the_whole_chain(snakemake, repository: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("scale", "extra"), [("ablation", 1), ("tune", 0)])
-def test_study_of_one_question_has_a_table_and_a_folder_of_its_own(
+def test_study_of_one_question_has_a_table_of_its_own(
     snakemake, repository: Path, tmp_path: Path, scale: str, extra: int
 ) -> None:
-    frozen = f"paper_figures/data/{scale}/settings.csv"
-    done = snakemake("all", frozen, "-n", "--quiet", "rules", "--config", f"scale={scale}", folder=tmp_path)
+    done = snakemake("-n", "--quiet", "rules", "--config", f"scale={scale}", folder=tmp_path)
     assert done.returncode == 0, done.stdout
     jobs = planned(done.stdout)
     assert jobs["pretrain"] == len(sheet(repository, scale)) > 20
-    assert (jobs["study_table"], jobs["freeze"]) == (1, 1)
+    assert jobs["study_table"] == 1
     assert jobs["figure"] == len(FIGURES) - len(OF_GRID) - 1 + extra
 
 
-def test_scale_without_pretraining_measures_no_variance(snakemake, repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "sets").mkdir()
-    words = ("-n", "--quiet", "rules", "--config", "scale=finetune_rates", "data_dir=sets")
-    done = snakemake("all", "paper_figures/data/finetune_rates/settings.csv", *words, folder=tmp_path)
+def test_scale_without_pretraining_measures_no_variance(snakemake, repository, tmp_path, sets) -> None:
+    words = ("-n", "--quiet", "rules", "--config", "scale=finetune_rates", f"data_dir={sets}")
+    done = snakemake(*words, folder=tmp_path)
     assert done.returncode == 0, done.stdout
     jobs = planned(done.stdout)
     rows = sheet(repository, "finetune_rates", with_real_sets=True)
     assert jobs["finetune"] == len(rows) > 40
-    assert (jobs["study_table"], jobs["freeze"]) == (1, 1)
+    assert jobs["study_table"] == 1
     assert "pretrain" not in jobs
     assert "variance" not in jobs
     assert jobs["figure"] == len(FIGURES) - len(OF_GRID) - 1 - len(OF_VARIANCE)
 
 
-def test_folder_with_real_sets_adds_its_runs(snakemake, repository: Path, tmp_path: Path) -> None:
-    (tmp_path / "sets").mkdir()
-    done = snakemake("-n", "--quiet", "rules", "--config", "scale=workstation", "data_dir=sets", folder=tmp_path)
+def test_folder_with_real_sets_adds_its_runs(snakemake, repository, tmp_path, sets) -> None:
+    words = ("-n", "--quiet", "rules", "--config", "scale=workstation", f"data_dir={sets}")
+    done = snakemake(*words, folder=tmp_path)
     assert done.returncode == 0, done.stdout
     rows = sheet(repository, "workstation", with_real_sets=True)
     kinds = Counter(row["kind"] for row in rows)
@@ -145,6 +143,9 @@ def test_memory_grid_measures_every_form_of_every_method(repository: Path, scale
 
     grid = yaml.safe_load((repository / "workflows" / "config" / f"{scale}.yaml").read_text())["memory_grid"]
     assert set(grid["parts"]) == {*VARIANTS, *EXTRA_PARTS}
+    schema = yaml.safe_load((repository / "workflows" / "schemas" / "config.schema.yaml").read_text())
+    allowed = schema["properties"]["memory_grid"]["properties"]["parts"]["items"]["enum"]
+    assert sorted(allowed) == sorted(grid["parts"])
 
 
 def test_default_is_fresh_at_laptop_scale(snakemake, tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_laptop_has_misa_and_its_rivals(repository: Path) -> None:
 def test_cached_plans_no_training(snakemake, tmp_path: Path) -> None:
     others = ("benchmarks/scores", "tune/settings", "finetune_rates/settings")
     tables = [f"{name}.csv" for name in (*TABLES, *GRID_TABLES, *others)]
-    for name in {*tables, "MANIFEST.json", "timings.json", *FIGURES.values()}:
+    for name in {*tables, "MANIFEST.json", "memory_grid.json", "timings.json", *FIGURES.values()}:
         table = tmp_path / "paper_figures" / "data" / name
         table.parent.mkdir(parents=True, exist_ok=True)
         table.touch()
@@ -191,17 +192,48 @@ def test_committed_tables_are_those_that_were_collected(repository: Path) -> Non
             assert sha256_file(manifest.parent / name) == tables[name]["sha256"], manifest.parent / name
 
 
-def test_table_edited_by_hand_is_not_drawn(snakemake, repository: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["memory", "memory_fit"])
+def test_table_edited_by_hand_is_not_drawn(snakemake, repository: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(repository / "paper_figures", tmp_path / "paper_figures")
-    table = tmp_path / "paper_figures" / "data" / "memory.csv"
-    text = table.read_text()
-    table.write_text(text.replace("538060288", "538060289", 1))
-    assert table.read_text() != text
-    before = (tmp_path / "paper_figures" / "memory.png").read_bytes()
+    table = tmp_path / "paper_figures" / "data" / f"{name}.csv"
+    last = re.findall(r"\d+", table.read_text())[-1]
+    head, _, tail = table.read_text().rpartition(last)
+    table.write_text(f"{head}{int(last) + 1}{tail}")
+    before = (tmp_path / "paper_figures" / f"{name}.png").read_bytes()
     done = snakemake("--cores", "1", "--config", "results=cached", folder=tmp_path)
     assert done.returncode != 0
-    assert "memory.csv was changed since it was collected" in done.stdout
-    assert (tmp_path / "paper_figures" / "memory.png").read_bytes() == before
+    assert f"{name}.csv was changed since it was collected" in done.stdout
+    assert (tmp_path / "paper_figures" / f"{name}.png").read_bytes() == before
+
+
+def test_changed_code_of_figures_and_tables_makes_them_anew(snakemake, repository: Path, tmp_path: Path) -> None:
+    shutil.copytree(repository / "paper_figures", tmp_path / "paper_figures")
+    words = ("-n", "--config", "results=cached")
+    for path in (tmp_path / "paper_figures").rglob("*.*"):
+        # Tables older than what is made of them, and the code younger than either.
+        os.utime(path, (1, 1) if path.parts[-2] != "paper_figures" and path.suffix in (".csv", ".json") else (2, 2))
+    done = snakemake(*words, folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert planned(done.stdout) == DRAWING | {"benchmark_tables": 1, "scales_table": 1}
+    for path in ("figures/memory.py", "figures/style.py", "results/published.csv", "results/tables.py"):
+        assert str(repository / "misa" / path) in done.stdout
+
+
+@pytest.mark.parametrize(("scale", "shown"), [("laptop", False), ("workstation", True)])
+def test_memory_grid_is_shown_where_the_scale_makes_it(snakemake, tmp_path: Path, scale: str, shown: bool) -> None:
+    done = snakemake("-n", "-p", "--config", f"scale={scale}", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    for verb in ("tables", "pages"):
+        (command,) = re.findall(rf"python -m misa\.results {verb} .*", done.stdout)
+        assert (f"--memory_grid results/{scale}/memory_grid " in command) == shown
+
+
+@pytest.mark.parametrize("words", [(), ("--config", "results=cached")])
+def test_another_folder_than_the_checkout_is_refused(repository: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "snakemake", "-n", "--snakefile", str(repository / "Snakefile"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode != 0
+    assert "run snakemake in the checkout, or with --directory" in done.stdout + done.stderr
 
 
 def test_all_that_the_report_shows_is_planned(snakemake, repository: Path, tmp_path: Path) -> None:
@@ -219,21 +251,6 @@ def test_every_figure_has_a_caption(repository: Path) -> None:
     others = list((repository / "workflows" / "report").glob("*.rst"))
     assert len(others) > 5
     assert not [path.name for path in others if len(path.read_text().split()) < 10]
-
-
-def test_cached_cannot_freeze(snakemake, tmp_path: Path) -> None:
-    done = snakemake("freeze", "-n", "--config", "results=cached", folder=tmp_path)
-    assert done.returncode != 0
-    assert "freeze" in done.stdout
-
-
-def test_freeze_follows_the_whole_chain(snakemake, tmp_path: Path) -> None:
-    done = snakemake("freeze", "-n", "--quiet", "rules", folder=tmp_path)
-    assert done.returncode == 0, done.stdout
-    jobs = planned(done.stdout)
-    assert jobs["freeze"] == 1
-    assert jobs.keys() >= COMPUTING
-    assert "figure" not in jobs
 
 
 def test_tables_and_figures_are_those_of_the_package(repository: Path) -> None:

@@ -58,7 +58,7 @@ def study(tmp_path_factory, repository: Path, tiny: Path) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("study")
     make_base_model(folder / "results" / "inputs" / "models" / "tiny")
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(repository / "Snakefile")]
-    command += ["--cores", "2", "--configfile", str(tiny)]
+    command += ["--directory", str(folder), "--cores", "2", "--configfile", str(tiny)]
     kill_once_training(command, folder)
     done = subprocess.run(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400, check=False
@@ -120,7 +120,7 @@ def test_figures_and_report_are_there(study) -> None:
     for name in (name for name in FIGURES if name != "ablation" and not name.startswith("memory_")):
         assert (folder / "tiny" / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / "tiny" / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    report = (folder / "report.html").read_text()
+    report = (folder / "tiny" / "report.html").read_text()
     for name in ["convergence.png", *(f"{page}.html" for page in PAGES)]:
         assert name in report
 

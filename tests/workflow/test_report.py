@@ -83,3 +83,13 @@ def test_captions_say_what_is_shown_and_where_it_comes_from(browser: Any, report
     caption = page.locator("body")
     page.get_by_text("Drawn from paper_figures/data/memory.csv").wait_for()
     assert "Bytes that are alive at the peak" in caption.inner_text()
+
+
+def test_committed_results_are_called_so(browser: Any, report: Path) -> None:
+    """They are of several scales, and none of the configuration's."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.goto(report.as_uri())
+    page.get_by_text("Memory", exact=True).first.click()
+    row = page.locator("tr:has(a[iconname=eye])").first
+    row.wait_for()
+    assert [cell.inner_text() for cell in row.locator("td").all()[:2]] == ["memory", "committed"]

@@ -1,15 +1,11 @@
 # Configuration, its check, and the names all rules share.
-import fcntl
-import hashlib
-import json
+import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import yaml
 from snakemake.exceptions import WorkflowError
 
@@ -19,7 +15,11 @@ sys.modules.setdefault("rfc3987_syntax", None)
 
 from jsonschema import Draft202012Validator
 
-# A configuration file given with --configfile stands for itself; otherwise the scale names one.
+from misa.data.sources import KNOWN
+from misa.memory.models import MODEL_NAMES
+
+# A configuration file given with --configfile that has the section `pretrain` stands for itself and needs every key; of any
+# other the keys replace those in the file of its scale.
 if "pretrain" not in config:
     scales = {
         path.stem: path
@@ -51,7 +51,12 @@ def check(values, schema, where):
         allowed = ""
         if error.validator == "additionalProperties":
             allowed = f"; allowed: {', '.join(error.schema['properties'])}"
-        elif "description" in error.schema:
+        elif (
+            error.validator == "required"
+            and error.schema is VALIDATORS["config"].schema
+        ):
+            allowed = "; a file with the section pretrain stands for itself and needs every key of a scale"
+        elif error.validator != "required" and "description" in error.schema:
             allowed = f" ({error.schema['description']})"
         raise WorkflowError(f"{': '.join(filter(None, places))}{allowed}")
 
@@ -62,6 +67,12 @@ check(dict(config), "config", "configuration")
 SCALE = config["scale"]
 CACHED = config["results"] == "cached"
 STUDY = config["study"]
+if not Path("paper_figures", "data").is_dir() and (
+    CACHED or workflow.overwrite_workdir is None
+):
+    raise WorkflowError(
+        f"{os.getcwd()} has no folder paper_figures/data: run snakemake in the checkout, or with --directory CHECKOUT"
+    )
 OUT = f"results/{SCALE}"
 LOGS = f"{OUT}/logs"
 SCRATCH = f"scratch/{SCALE}"
@@ -75,6 +86,12 @@ FIGURES = "paper_figures" if CACHED else f"{OUT}/figures"
 SCORES = "paper_figures/tables" if CACHED else f"{OUT}/tables"
 # The pages of the report are made from either and committed from neither.
 PAGES = "results/cached/pages" if CACHED else f"{OUT}/pages"
+# Folder of the memory grid that tables and pages show, "" if they show none.
+GRID = TABLES if CACHED else ""
+if config["memory_grid"]["in_all"] and not CACHED:
+    GRID = f"{OUT}/memory_grid"
+# What the report calls it: the committed tables are of several scales.
+SHOWN = "committed" if CACHED else SCALE
 
 # Figure -> the table it is drawn from.
 FIGURE_TABLES = {
@@ -113,6 +130,9 @@ ALL_TABLES = [
     "settings",
     "runs",
 ]
+
+# Of a study of one question no more is committed than its own table and that of what scales take are made of.
+FROZEN_TABLES = ALL_TABLES if STUDY == "headline" else ["runs", "settings"]
 
 # Heavy jobs take all cores and run one after another: more threads than --cores allows are scaled down to it.
 THREADS = config["threads"] or os.cpu_count()
@@ -163,6 +183,37 @@ if repeated := sorted(RUNS["run"][RUNS["run"].duplicated()]):
     raise WorkflowError(f"{sheet_file}: run {repeated[0]!r} occurs twice")
 
 
+def check_names():
+    """Refuse names that the package does not know, as far as that takes no library that is slow to load."""
+    # Importing the methods takes torch, for seconds.
+    source = "".join(
+        path.read_text() for path in Path(workflow.basedir).glob("misa/methods/*.py")
+    )
+    methods = re.findall(r'[mM]ethod\(\s*"(\w+)"', source)
+    names = {name for known in KNOWN.items() for name in (known[0], *known[1].others)}
+    places = [("memory_grid.model", config["memory_grid"]["model"], MODEL_NAMES)]
+    places += [
+        (f"mixes.{mix}.sets", name, sorted(names))
+        for mix in MIXES
+        for name in MIXES[mix]["sets"]
+    ]
+    places += [
+        (f"{sheet_file}: method of run {row.run}", method, methods)
+        for row in RUNS.itertuples()
+        for method in re.findall(
+            r"--method[ =]+['\"]?(\w+)", f"{row.shared} {row.args}"
+        )
+    ]
+    for place, name, allowed in places:
+        if name not in allowed:
+            raise WorkflowError(f"{place}: {name!r}, allowed: {', '.join(allowed)}")
+    for package in config["corpus"]["packages"] if not CACHED else ():
+        if importlib.util.find_spec(package) is None:
+            raise WorkflowError(
+                f"corpus.packages: {package!r}, which is not installed; give the names packages are imported by"
+            )
+
+
 def share_out(args, num_processes):
     """Options of a training command with the sequences of a step shared out among processes."""
     names = ("gradient_accumulation_steps", "per_device_train_batch_size")
@@ -178,7 +229,6 @@ def share_out(args, num_processes):
 
 
 # What a run is trained on: the text of the scale, its generated questions, or a mix of real sets.
-# However the folder is written, it is the same one, and what was made of it stays.
 DATA_DIR = os.path.realpath(config["data_dir"]) if "data_dir" in config else None
 if DATA_DIR is not None and not os.path.isdir(DATA_DIR):
     raise WorkflowError(f"data_dir is {config['data_dir']!r}, which is no folder")
@@ -215,6 +265,7 @@ if RUNS.empty and not CACHED:
     raise WorkflowError(
         f"all runs of {sheet_file} train on real sets: name their folder by --config data_dir=FOLDER"
     )
+check_names()
 for run in config["variance"]["runs"]:
     if run not in set(RUNS["run"]):
         raise WorkflowError(
@@ -263,6 +314,16 @@ def claim_of(figure):
     return "Gradient variance" if figure.startswith("gradient") else "Convergence"
 
 
+def finished(*paths):
+    """These paths, if all are there."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise WorkflowError(
+                f"{path} does not exist: there is nothing to copy before the scale {SCALE} has been run"
+            )
+    return list(paths)
+
+
 def runs_of(*kinds):
     """Names of the runs of some kinds, in the order of the sheet."""
     return RUNS["run"][RUNS["kind"].isin(kinds)].tolist()
@@ -297,93 +358,7 @@ for name, value in {
 os.environ.update(
     # By this the jobs of this folder are known, see `end_orphans`.
     MISA_WORKFLOW=os.getcwd(),
+    # Commands read it there, so that another folder makes no other command.
+    MISA_DATA_DIR=DATA_DIR or "",
     PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
 )
-
-
-def hold_lock():
-    """Refuse to run beside another run of this folder.
-
-    The lock is the system's and goes away with the process, so after a kill the same command works again; snakemake's
-    own lock files would stay.
-    """
-    global lock_file
-    lock_file = open(".snakemake/running.lock", "w")
-    try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise WorkflowError(
-            "another snakemake is running in this folder; wait until it has finished"
-        ) from None
-
-
-def end_orphans():
-    """End jobs of an earlier run whose snakemake was killed: they would write beside the same job started again.
-
-    This run holds the lock, so that no snakemake waits for them any more; a run that was trained goes on from its
-    checkpoint. A command that someone started by hand has not the variable that jobs get.
-    """
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        words, variables = process.info["cmdline"] or [], process.info["environ"] or {}
-        is_job = any(word.startswith("misa.") for word in words)
-        is_ours = any(f"{OUT}/" in word for word in words)
-        if variables.get("MISA_WORKFLOW") == os.getcwd() and is_job and is_ours:
-            print(
-                f"ending process {process.pid}, left over from a run that was killed",
-                file=sys.stderr,
-            )
-            process.kill()
-            psutil.wait_procs([process], timeout=5)
-
-
-def check_frozen():
-    """Refuse committed tables that are not those which were collected from result files."""
-    for manifest in Path(TABLES).rglob("MANIFEST.json") if CACHED else ():
-        try:
-            described = {
-                manifest.parent / name: entry["sha256"]
-                for name, entry in json.loads(manifest.read_text())["tables"].items()
-            }
-        except (ValueError, TypeError, KeyError) as error:
-            raise WorkflowError(f"{manifest} is no manifest: {error!r}") from None
-        for table, digest in described.items():
-            # A study of one question keeps only what its own table is made from.
-            if (
-                table.is_file()
-                and hashlib.sha256(table.read_bytes()).hexdigest() != digest
-            ):
-                raise WorkflowError(
-                    f"{table} was changed since it was collected: its SHA-256 is not that of {manifest}; "
-                    "take the committed one back, or collect it anew"
-                )
-
-
-def name_left_out():
-    """Say which runs of the sheet are not made, since they need real sets and no folder was given."""
-    if len(LEFT_OUT) and not CACHED:
-        print(
-            f"left out, because data_dir is not given: {', '.join(LEFT_OUT['run'])}",
-            file=sys.stderr,
-        )
-
-
-def write_report(targets):
-    """Write results/report.html with snakemake's own report, if all that it shows is there."""
-    if CACHED or not all(Path(target).exists() for target in targets):
-        return
-    resolved = Path(OUT, "config.yaml")
-    resolved.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        str(workflow.main_snakefile),
-        "--quiet",
-        "all",
-    ]
-    subprocess.run(
-        [*command, "--configfile", str(resolved), "--report", "results/report.html"],
-        check=True,
-    )
-    print("report: results/report.html")

@@ -1,16 +1,21 @@
-# Figures and the score table, from the cached tables or from fresh ones. Nothing here trains.
+# Figures and the score table, from the cached tables or from fresh ones. Nothing here trains. The code that draws and lays
+# out is among the inputs, since all this takes seconds.
+CODE = Path(workflow.basedir, "misa")
+PUBLISHED = CODE / "results" / "published.csv"
 
 
 rule figure:
     input:
         table=lambda wildcards: table_of(wildcards.figure),
+        module=lambda wildcards: CODE / "figures" / f"{wildcards.figure}.py",
+        style=CODE / "figures" / "style.py",
     output:
         pdf=f"{FIGURES}/{{figure}}.pdf",
         png=report(
             f"{FIGURES}/{{figure}}.png",
             caption="../report/figure.rst",
             category=lambda wildcards: claim_of(wildcards.figure),
-            labels={"figure": "{figure}", "scale": SCALE},
+            labels={"figure": "{figure}", "scale": SHOWN},
         ),
     log:
         f"{LOGS}/figure-{{figure}}.log",
@@ -31,7 +36,9 @@ rule score_tables:
         scores=f"{TABLES}/scores.csv",
         runs=f"{TABLES}/runs.csv",
         settings=f"{TABLES}/settings.csv",
-        memory=f"{TABLES}/memory_grid.csv" if CACHED else [],
+        memory=f"{GRID}/memory_grid.csv" if GRID else [],
+        published=PUBLISHED,
+        code=CODE / "results" / "tables.py",
     output:
         scores=f"{SCORES}/scores.md",
         others=expand(
@@ -48,11 +55,12 @@ rule score_tables:
         "../envs/misa.yaml"
     params:
         tables=subpath(input.scores, parent=True),
+        grid=f"--memory_grid {GRID}" if GRID else "",
         folder=subpath(output.scores, parent=True),
     message:
         "overview, scores, paired differences and published numbers in Markdown and LaTeX"
     shell:
-        "python -m misa.results tables --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
+        "python -m misa.results tables --tables {params.tables} {params.grid} --output_dir {params.folder} > {log} 2>&1"
 
 
 rule study_table:
@@ -65,7 +73,7 @@ rule study_table:
             f"{PAGES}/{{table}}.html",
             caption="../report/study_table.rst",
             category="Tables",
-            labels={"table": "{table}", "scale": SCALE},
+            labels={"table": "{table}", "scale": SHOWN},
         ),
     log:
         f"{LOGS}/{{table}}.log",
@@ -89,43 +97,47 @@ rule report_pages:
         runs=f"{TABLES}/runs.csv",
         settings=f"{TABLES}/settings.csv",
         manifest=f"{TABLES}/MANIFEST.json",
-        memory=f"{TABLES}/memory_grid.csv" if CACHED else [],
+        # Of the studies of one question, which the report shows, too.
+        manifests=sorted(Path(TABLES).glob("*/MANIFEST.json")) if CACHED else [],
+        memory=([f"{GRID}/memory_grid.csv", f"{GRID}/memory_grid.json"] if GRID else []),
+        published=PUBLISHED,
+        code=[CODE / "results" / "tables.py", CODE / "results" / "pages.py"],
     output:
         overview=report(
             f"{PAGES}/overview.html",
             caption="../report/overview.rst",
             category="Tables",
-            labels={"table": "all methods at a glance", "scale": SCALE},
+            labels={"table": "all methods at a glance", "scale": SHOWN},
         ),
         scores=report(
             f"{PAGES}/scores.html",
             caption="../report/tables.rst",
             category="Tables",
-            labels={"table": "fine-tuning", "scale": SCALE},
+            labels={"table": "fine-tuning", "scale": SHOWN},
         ),
         pretraining=report(
             f"{PAGES}/pretraining.html",
             caption="../report/tables.rst",
             category="Tables",
-            labels={"table": "pre-training", "scale": SCALE},
+            labels={"table": "pre-training", "scale": SHOWN},
         ),
         paired=report(
             f"{PAGES}/paired.html",
             caption="../report/paired.rst",
             category="Tables",
-            labels={"table": "paired differences", "scale": SCALE},
+            labels={"table": "paired differences", "scale": SHOWN},
         ),
         published=report(
             f"{PAGES}/published.html",
             caption="../report/published.rst",
             category="Tables",
-            labels={"table": "published numbers", "scale": SCALE},
+            labels={"table": "published numbers", "scale": SHOWN},
         ),
         runs=report(
             f"{PAGES}/runs.html",
             caption="../report/runs.rst",
             category="Runs",
-            labels={"table": "code, machine and time of each run", "scale": SCALE},
+            labels={"table": "code, machine and time of each run", "scale": SHOWN},
         ),
     log:
         f"{LOGS}/report_pages.log",
@@ -133,11 +145,12 @@ rule report_pages:
         "../envs/misa.yaml"
     params:
         tables=subpath(input.scores, parent=True),
+        grid=f"--memory_grid {GRID}" if GRID else "",
         folder=subpath(output.scores, parent=True),
     message:
         "tables of the report"
     shell:
-        "python -m misa.results pages --tables {params.tables} --output_dir {params.folder} > {log} 2>&1"
+        "python -m misa.results pages --tables {params.tables} {params.grid} --output_dir {params.folder} > {log} 2>&1"
 
 
 if CACHED:
@@ -146,6 +159,7 @@ if CACHED:
     rule benchmark_tables:
         input:
             scores=f"{TABLES}/benchmarks/scores.csv",
+            published=PUBLISHED,
         output:
             table=f"{SCORES}/benchmarks.md",
             latex=f"{SCORES}/benchmarks.tex",

@@ -1,18 +1,36 @@
-# `snakemake freeze`: make this run's tables the committed ones. In no other target's chain.
+# `snakemake freeze`: make this run's tables the committed ones. It copies what is there, whatever is older or newer, and
+# makes nothing.
 
 
 rule freeze:
-    input:
-        tables=rules.collect.output.tables,
-        manifest=rules.collect.output.manifest,
-    output:
-        tables=expand(f"{FROZEN}/{{table}}.csv", table=ALL_TABLES),
-        manifest=f"{FROZEN}/MANIFEST.json",
     log:
         f"{LOGS}/freeze.log",
     conda:
         "../envs/misa.yaml"
+    params:
+        files=lambda wildcards: finished(
+            *(f"{OUT}/tables/{table}.csv" for table in FROZEN_TABLES),
+            f"{OUT}/tables/MANIFEST.json",
+        ),
+        folder=FROZEN,
     message:
-        f"copying the tables into {FROZEN}"
-    script:
-        "../scripts/freeze.py"
+        "copying the tables into {params.folder}"
+    shell:
+        "mkdir -p {params.folder} && cp {params.files} {params.folder} > {log} 2>&1"
+
+
+rule freeze_memory_grid:
+    log:
+        f"{LOGS}/freeze_memory_grid.log",
+    conda:
+        "../envs/misa.yaml"
+    params:
+        files=lambda wildcards: finished(
+            *(f"{OUT}/memory_grid/{table}.csv" for table in GRID_TABLES),
+            f"{OUT}/memory_grid/memory_grid.json",
+        ),
+        folder="paper_figures/data",
+    message:
+        "copying the memory grid into {params.folder}"
+    shell:
+        "mkdir -p {params.folder} && cp {params.files} {params.folder} > {log} 2>&1"

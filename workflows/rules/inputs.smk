@@ -69,10 +69,10 @@ rule mix:
         "../envs/misa.yaml"
     params:
         sets=lambda wildcards: ",".join(MIXES[wildcards.mix]["sets"]),
-        data_dir=DATA_DIR,
+        content=lambda wildcards: mix_digest(wildcards.mix),
         folder=subpath(output.digest, parent=True),
     message:
-        "fine-tuning data: {params.sets} out of {params.data_dir}"
+        "fine-tuning data: {params.sets} out of {DATA_DIR}"
     shell:
-        "python -m misa.data mix --sets {params.sets} --data_dir {params.data_dir:q} --output_dir {params.folder}"
+        'python -m misa.data mix --sets {params.sets} --data_dir "$MISA_DATA_DIR" --output_dir {params.folder}'
         " > {log} 2>&1"

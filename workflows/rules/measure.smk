@@ -59,13 +59,20 @@ rule evaluate_finetuned:
             else config["evaluate"]["finetuned"]
         ),
         data=lambda wildcards: (
-            DATA_DIR if data_of(wildcards.run) in MIXES else f"{OUT}/data/family"
+            '"$MISA_DATA_DIR"'
+            if data_of(wildcards.run) in MIXES
+            else f"{OUT}/data/family"
+        ),
+        content=lambda wildcards: (
+            tests_digest(data_of(wildcards.run))
+            if data_of(wildcards.run) in MIXES
+            else "family"
         ),
         folder=subpath(output.result, parent=True),
     message:
         "scores of {wildcards.run}"
     shell:
-        "python -m misa.evaluate --offline --model_name_or_path {input.model} --data_dir {params.data:q} {params.args}"
+        "python -m misa.evaluate --offline --model_name_or_path {input.model} --data_dir {params.data} {params.args}"
         " --run {wildcards.run} --output_dir {params.folder} > {log} 2>&1"
 
 

@@ -51,20 +51,3 @@ rule memory_grid:
             figure=GRID_FIGURES,
             ending=["pdf", "png"],
         ),
-
-
-rule freeze_memory_grid:
-    input:
-        tables=rules.memory_grid_tables.output.tables,
-        origin=rules.memory_grid_tables.output.origin,
-    output:
-        tables=expand("paper_figures/data/{table}.csv", table=GRID_TABLES),
-        origin="paper_figures/data/memory_grid.json",
-    log:
-        f"{LOGS}/freeze_memory_grid.log",
-    conda:
-        "../envs/misa.yaml"
-    message:
-        "copying the memory grid into paper_figures/data"
-    script:
-        "../scripts/freeze.py"
