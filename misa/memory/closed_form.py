@@ -37,6 +37,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from misa import inner as inner_rules
 from misa.integration.chunked_loss import CHUNK_TOKENS
 from misa.memory.scenario import Scenario
 from misa.rounded import BLOCK, OTHER_CHUNK_NUMEL
@@ -44,10 +45,9 @@ from misa.rounded import BLOCK, OTHER_CHUNK_NUMEL
 # Bytes of a trained parameter's moments, by state format, and of the master copy of a weight that is not fp32.
 _MOMENTS = {"fp32": 8, "bf16": 4, "8bit": 2 + 8 / BLOCK}
 _MASTER = 4
-_WORKSPACE_BYTES = 4 << 24  # gradients are widened in pieces of 2^24 elements
 # Bytes for each element of a piece of a tensor while it is updated without a master copy; what is fp32 is neither
 # widened nor rounded.
-_ROUNDING_BYTES = {2: {"fp32": 24, "bf16": 32, "8bit": 50}, 4: {"fp32": 0, "bf16": 18, "8bit": 32}}
+_ROUNDING_BYTES = {2: {"fp32": 15, "bf16": 23, "8bit": 33}, 4: {"fp32": 0, "bf16": 18, "8bit": 32}}
 _LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(.+)$")
 _QKV, _GATE_UP = {"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}
 _METHODS = (
@@ -96,15 +96,17 @@ class ClosedForm:
     Args:
         config: A transformers configuration of the LLaMA kind.
         scenario: Batch, sequence, checkpointing, loss, precision, states, adapters.
+        on_accelerator: Work in pieces as large as on a GPU; otherwise as on a CPU.
 
     Raises:
         ValueError: For a model or method the formula does not cover.
     """
 
-    def __init__(self, config: Any, scenario: Scenario) -> None:
+    def __init__(self, config: Any, scenario: Scenario, on_accelerator: bool = True) -> None:
         if why := uncovered(scenario, config):
             raise ValueError(why)
         self.scenario = s = scenario
+        self._piece_numel = inner_rules.OTHER_CHUNK_NUMEL if on_accelerator else inner_rules.CHUNK_NUMEL["cpu"]
         self.bytes = 4 if s.dtype == "float32" else 2
         self.tokens = s.batch_size * s.seq_len
         self.hidden, self.inner, self.vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
@@ -284,7 +286,7 @@ class ClosedForm:
             )
         if self.bytes == 4 or any("lora_" in name for name in trained):
             return 0
-        return min(4 * sum(trained.values()), _WORKSPACE_BYTES)
+        return 4 * min(sum(trained.values()), self._piece_numel)
 
 
 def uncovered(scenario: Scenario, config: Any) -> str | None:

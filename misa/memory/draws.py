@@ -23,7 +23,7 @@ class Draws:
 
     def __init__(self, laboratory: Laboratory, num: int = NUM_DRAWS, **changes: Any) -> None:
         self._laboratory = laboratory
-        self._form = ClosedForm(laboratory.config, replace(laboratory.scenario, **changes))
+        self._form = ClosedForm(laboratory.config, replace(laboratory.scenario, **changes), laboratory.on_accelerator)
         self._always = {
             name: numel
             for name, numel in trained_parameters(laboratory.model).items()

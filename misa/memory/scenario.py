@@ -164,6 +164,7 @@ class Laboratory:
         self.device = device
         self.config = configuration(scenario.model) if config is None else copy.deepcopy(config)
         self.config.use_cache = False
+        self.on_accelerator = on_accelerator
         self._pieces = as_on_accelerator if on_accelerator else nullcontext
         if scenario.num_layers is not None:
             self.config.num_hidden_layers = scenario.num_layers

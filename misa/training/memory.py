@@ -33,7 +33,7 @@ def plan_run(job: Any, config: Any) -> Plan:
         config: Configuration of its model.
 
     Raises:
-        ValueError: If nothing fits, or the run is of a kind that cannot be predicted.
+        ValueError: If nothing fits, or the run has what cannot be predicted.
     """
     arguments, settings, memory = job.training, job.settings, job.memory
     for name in ("bf16", "fp16"):
@@ -42,6 +42,15 @@ def plan_run(job: Any, config: Any) -> Plan:
     if arguments.world_size > 1:
         raise ValueError(f"memory_budget: predicts one process, and there are {arguments.world_size}")
     given = job.method.given()
+    unforeseen = {
+        "packing": (settings.get("packing"), "its masks"),
+        "attn_implementation": (config._attn_implementation == "eager", "attention that keeps its scores (eager)"),
+        "probe_every": (given.get("probe_every"), "the pass that measures all blocks"),
+        "state_policy": (given.get("state_policy") == "keep", "the states of blocks that went off (keep)"),
+    }
+    for name, (is_asked, what) in unforeseen.items():
+        if is_asked:
+            raise ValueError(f"memory_budget: cannot predict {what}; leave out {name}, or the budget")
     layers = memory.checkpoint_layers
     if layers is None:
         layers = ALL_LAYERS if arguments.gradient_checkpointing else 0
@@ -276,9 +285,11 @@ class MemoryWatch(TrainerCallback, ExportableState):
         setting = {"loss": s.loss, "lean_activations": s.lean_activations, "checkpointing": self.layers}
         predicted = laboratory.measure(**setting).peak.total_bytes
         measured = self.measured_bytes
-        logger.info(
-            "memory: predicted %s, measured %s (%+.1f %%) of %s",
+        logger.log(
+            logging.INFO if measured <= self._limit else logging.WARNING,
+            "memory: predicted %s, measured %s (%+.1f %%) of %s%s",
             *(in_gib(predicted), in_gib(measured), 100 * (measured / predicted - 1), in_gib(self._limit)),
+            "" if measured <= self._limit else ", which is more than it may take",
         )
         peaks = {"budget_bytes": self._limit, "predicted_bytes": predicted, "measured_bytes": measured}
         found = {**asdict(s), "reasons": list(self._chosen.reasons), "checkpointed_at_peak": self.layers}

@@ -95,6 +95,22 @@ def test_closed_form_is_within_three_per_cent_of_the_tracker(fields):
                 assert estimate == pytest.approx(measured, rel=0.03), setting
 
 
+@pytest.mark.parametrize("state_format", ["master", "fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("on_accelerator", [True, False])
+def test_closed_form_knows_what_a_step_takes_where_it_is_the_peak(state_format, on_accelerator, tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+    path = tmp_path / "llama.json"
+    path.write_text(json.dumps({"model_type": "llama", "vocab_size": 1000, "num_hidden_layers": 4, **sizes}))
+    options = {"num_blocks": 2 if state_format != "master" else 12}
+    scenario = Scenario(str(path), "misa", options, 1, 64, state_format=state_format, checkpointing=ALL_LAYERS)
+    laboratory = Laboratory(replace(scenario, loss="chunked"), on_accelerator=on_accelerator)
+    laboratory.switch_to([i for i, b in enumerate(laboratory.blocks) if "mlp" in b.name][: options["num_blocks"]])
+    peak = laboratory.measure().peak
+    estimate = Draws(laboratory, 1).estimate(laboratory.active)
+    assert (peak.phase, estimate.moment) == ("step", "step")
+    assert estimate.peak_bytes == pytest.approx(peak.total_bytes, rel=0.001)
+
+
 @pytest.mark.parametrize("method", ["adamw", "badam", "lora"])
 def test_closed_form_knows_the_norms_of_queries_and_keys(method, tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 2}

@@ -84,6 +84,10 @@ def test_levers_alone_change_no_number(finetune: Callable[..., int], tmp_path: P
             "chooses for block methods; method lora is none",
         ),
         ({"memory_budget": "1GiB"}, ("--bf16",), "memory_budget: cannot predict autocast (bf16)"),
+        ({"memory_budget": "1GiB"}, ("--packing",), "memory_budget: cannot predict its masks; leave out packing"),
+        ({"memory_budget": "1GiB", "attn_implementation": "eager"}, (), "attention that keeps its scores (eager)"),
+        ({"memory_budget": "1GiB", "probe_every": 1}, (), "cannot predict the pass that measures all blocks"),
+        ({"memory_budget": "1GiB", "state_policy": "keep"}, (), "cannot predict the states of blocks that went off"),
         ({"memory_budget": "1GiB", "max_length": 4096}, (), "seq_len is 4096; model allows at most 2048"),
         ({"checkpoint_layers": -1}, (), "checkpoint_layers is -1, allowed is 0 or more"),
         (
