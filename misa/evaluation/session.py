@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -80,10 +81,11 @@ def _require_room(tasks: list[str], folder: ModelFolder, max_length: int | None)
     from misa.evaluation.model import require_room
     from misa.evaluation.scoring import num_generated
 
-    own = resolve_max_length(folder.config)
-    if max_length is not None and max_length > own:
-        raise ValueError(f"max_length is {max_length}, allowed is up to the {own} tokens that the model is made for")
-    longest = max_length or own
+    config = folder.config
+    most = resolve_max_length(config, default=sys.maxsize)  # a model without positions has no limit
+    if max_length is not None and max_length > most:
+        raise ValueError(f"max_length is {max_length}, allowed is up to the {most} tokens that the model is made for")
+    longest = max_length or resolve_max_length(config)
     for task in tasks:
         require_room(task, num_generated(task), longest)
 
