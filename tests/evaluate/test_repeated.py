@@ -50,8 +50,12 @@ def test_base_must_be_another_evaluation(known, words, error, tmp_path) -> None:
 def test_kill_between_two_files_leaves_no_mixed_evaluation(known, words, tmp_path, monkeypatch, capsys) -> None:
     assert evaluate.main(words(base=known.untrained)) == 0
     assert (tmp_path / "out" / "comparison.csv").is_file()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr("misa.results.write_result", lambda *_: os.kill(os.getpid(), 2))
+        patch.setattr("misa.results.write_result", interrupt)
         assert evaluate.main(words(model_name_or_path=known.untrained)) == 130
     assert {path.name for path in (tmp_path / "out").glob("*.*")} == {"lm_eval.json"}
     assert evaluate.main(words()) == 0
