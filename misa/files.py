@@ -47,12 +47,13 @@ def seal(folder: Path) -> None:
     write_text(folder / SEAL_FILE, json.dumps(listed, indent=1) + "\n")
 
 
-def broken(folder: Path, required: Iterable[str] = ()) -> str | None:
+def broken(folder: Path, required: Iterable[str] = (), only: tuple[str, ...] = ("",)) -> str | None:
     """Say what is wrong with a folder that was to be sealed.
 
     Args:
         folder: The folder.
         required: Files that must be in its list; of some joined by "|", one.
+        only: Endings of the files that are looked at.
 
     Returns:
         The fault in words, or None if every file is there as it was written.
@@ -60,6 +61,8 @@ def broken(folder: Path, required: Iterable[str] = ()) -> str | None:
     try:
         files = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         for name, written in files.items():
+            if not name.endswith(only):
+                continue
             if not (folder / name).is_file():
                 return f"{name} is missing"
             if fingerprint(folder / name) != written:

@@ -68,15 +68,16 @@ def trainable(source: nn.Module | Iterable[NamedParameter]) -> list[NamedParamet
     ]
 
 
-def left_out(source: nn.Module | Iterable[NamedParameter]) -> list[nn.Parameter]:
+def left_out(source: nn.Module | Iterable[NamedParameter], trained: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Parameters that would get gradients and cannot be trained, with a warning: complex ones, those of 1-byte layers.
 
     Args:
         source: A model, or `(name, parameter)` pairs.
+        trained: Those of `trainable`.
     """
-    known = {id(p) for _, p in trainable(source)}
+    known = set(trained)
     named = source.named_parameters() if isinstance(source, nn.Module) else source
-    found = {p: plain_name(name) for name, p in named if p.requires_grad and id(p) not in known}
+    found = {p: plain_name(name) for name, p in named if p.requires_grad and p not in known}
     if found:
         names = list(found.values())
         warnings.warn(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -337,7 +336,7 @@ def _write(
         run=arguments.run or output.resolve().name,
         kind="evaluate",
         method=trained.method if trained else "none",
-        model=trained.model if trained else os.path.basename(os.path.abspath(folder.base)),  # noqa: PTH100, PTH119 - keeps links, unlike `resolve`
+        model=trained.model if trained else Path(folder.base).absolute().name,
         data=Path(arguments.data_dir).resolve().name if arguments.data_dir else "hub",
         seed=trained.seed if trained else arguments.seed,
         config=config

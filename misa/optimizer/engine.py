@@ -91,7 +91,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             raise ValueError(f"always_on_lr={settings.always_on_lr}: needs a model; give a parameter group its own lr")
         self._owned = [p for _, p in trainable(source)]  # what the caller had not frozen
         total = sum(p.numel() for p in self._owned)
-        self._owned += left_out(source)
+        self._owned += left_out(source, self._owned)
         self._block_of = {p: i for i, b in enumerate(self.blocks) for _, p in b.params}
         self._off = set(self._owned) - {p for _, p in trained}  # frozen for good
         self._entries: dict[nn.Parameter, Entry] = {}

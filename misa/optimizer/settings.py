@@ -115,7 +115,7 @@ class Settings:
         least_of = {"num_blocks": 1, "interval": 1, "round_warmup": 0, "probe_every": 0, "sample_last": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if (value, name) != (None, "num_blocks") and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
         if self.round_warmup >= self.interval:
             raise ValueError(f"round_warmup={self.round_warmup}: must be less than interval={self.interval}")

@@ -9,7 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
-from misa.files import SEAL_FILE, broken, fingerprint
+from misa.files import broken
 
 logger = logging.getLogger(__name__)
 
@@ -37,34 +37,24 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def best_checkpoint(named: str | None, folder: str | Path, is_read: bool) -> str | None:
+def best_checkpoint(named: str | None, folder: str | Path) -> str | None:
     """Find the checkpoint that a state names as the best so far; its folder may have been moved meanwhile.
 
     Args:
         named: Its path when the state was written, or None.
         folder: Where the checkpoints of the run are now.
-        is_read: Whether the run ends with its model, so that its weights must be whole.
 
     Returns:
-        Its path, or None if there is none, or none that can be used, which a warning says.
+        Its path, or None if there is none, or it is not there any more, which a warning says.
     """
     if named is None:
         return None
     here = Path(folder) / Path(named).name
     best = here if here.is_dir() else Path(named)
-    if best.is_dir() and (not is_read or _has_whole_weights(best)):
+    if best.is_dir():
         return str(best)
-    logger.warning("%s, the best checkpoint so far, is not used: its weights are missing or damaged", best)
+    logger.warning("%s, the best checkpoint so far, is not there any more", best)
     return None
-
-
-def _has_whole_weights(checkpoint: Path) -> bool:
-    try:
-        listed = json.loads((checkpoint / SEAL_FILE).read_text(encoding="utf-8"))
-        weights = {name: written for name, written in listed.items() if name.endswith(WEIGHTS)}
-        return bool(weights) and all(fingerprint(checkpoint / name) == written for name, written in weights.items())
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -88,11 +78,13 @@ def remove_checkpoints(folder: str | Path) -> None:
         folder.rmdir()
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
+def latest_checkpoint(folder: str | Path, keeps_best: bool = False) -> Path | None:
     """Find the newest whole checkpoint, and remove what a kill left half done.
 
     Args:
         folder: Folder of the checkpoints; it need not exist.
+        keeps_best: Whether the run ends with its best model: then one after a damaged best model is of no use, since
+            the run would end with another model than without the damage.
 
     Returns:
         Folder of the checkpoint, or None if there is none to continue from.
@@ -100,9 +92,19 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     folder = Path(folder)
     shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
     for checkpoint in reversed(checkpoints(folder)):
-        if (problem := fault(checkpoint)) is None:
+        problem = fault(checkpoint) or (_fault_of_best(checkpoint) if keeps_best else None)
+        if problem is None:
             return checkpoint
         logger.warning("%s is not used: %s", checkpoint, problem)
         # It would count as the newest one when old checkpoints are removed.
         shutil.rmtree(checkpoint)
     return None
+
+
+def _fault_of_best(checkpoint: Path) -> str | None:
+    """Say what is wrong with the weights that a whole checkpoint names as the best so far."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = best_checkpoint(state.get("best_model_checkpoint"), checkpoint.parent)
+    if best is None or (problem := broken(Path(best), only=WEIGHTS)) is None:
+        return None
+    return f"the best checkpoint before it, {best}, cannot be used: {problem}"

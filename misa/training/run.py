@@ -172,7 +172,8 @@ def _begin(job: Job, lock: FolderLock) -> Result | tuple[Parts, Any, Any, Any]:
 def _complete(job: Job, parts: Parts, built: Any, trainer: Any, meter: Any) -> Result:
     scratch = Path(job.training.output_dir)
     try:
-        _train(job, trainer, meter, on_first(lambda: latest_checkpoint(scratch)))
+        keeps_best = job.training.load_best_model_at_end
+        _train(job, trainer, meter, on_first(lambda: latest_checkpoint(scratch, keeps_best)))
     except KeyboardInterrupt:
         logger.info("stopped; the same command continues from the last checkpoint in %s", scratch)
         raise
@@ -259,7 +260,7 @@ def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:
             # Only the result was missing. transformers would train one step too many here.
             logger.info("continuing from %s", checkpoint)
             named = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-            best = on_first(lambda: best_checkpoint(named, trainer.args.output_dir, is_read=True))
+            best = on_first(lambda: best_checkpoint(named, trainer.args.output_dir))
             trainer._load_from_checkpoint(best or str(checkpoint))
             state.best_model_checkpoint = best
             trainer.state = state

@@ -155,9 +155,7 @@ class Trainer(transformers.Trainer):
         if is_foreign:
             self.add_callback(_Recall(None))
         elif named is not None:
-            args = self.args
-            best = on_first(lambda: best_checkpoint(named, args.output_dir, args.load_best_model_at_end))
-            self.add_callback(_Recall(best))
+            self.add_callback(_Recall(on_first(lambda: best_checkpoint(named, self.args.output_dir))))
         asked = {name: getattr(self.args, name) for name in changed}
         vars(self.args).update(changed)
         try:

@@ -17,6 +17,8 @@ from misa.optimizer import MISA, Settings
         ({"budget": 1.5}, "budget=1.5"),
         ({"interval": 0}, "interval=0"),
         ({"interval": 2.5}, "interval=2.5"),
+        ({"interval": None}, "interval=None: must be a whole number"),
+        ({"round_warmup": None}, "round_warmup=None: must be a whole number"),
         ({"eta": -1.0}, "eta=-1.0"),
         ({"eta": "big"}, "eta='big'"),
         ({"eta": "auto", "variant": "official"}, "eta='auto': a score with clip=5.0 needs a number"),

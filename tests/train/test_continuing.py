@@ -91,7 +91,7 @@ def test_result_is_that_of_the_model_that_was_kept(
 @pytest.mark.parametrize(
     ("keep_best", "damaged"), [(True, "model.safetensors"), (True, "optimizer.pt"), (False, "model.safetensors")]
 )
-def test_damaged_best_checkpoint_spares_the_newest(
+def test_damaged_best_checkpoint_changes_no_outcome(
     finetune: Callable[..., int],
     kill_at: Callable[[int | None], None],
     tmp_path: Path,
@@ -99,8 +99,8 @@ def test_damaged_best_checkpoint_spares_the_newest(
     keep_best: bool,
     damaged: str,
 ) -> None:
-    """If its model was to be kept, the best one from there on is; otherwise nothing changes."""
-    options = BEST | {"eval_steps": 2, "save_steps": 2, "metric_for_best_model": "loss", "keep_checkpoints": True}
+    """If its model was to be kept, the run goes on from before it; otherwise from the newest."""
+    options = BEST | {"eval_steps": 2, "save_steps": 2, "metric_for_best_model": "loss"}
     options |= {"load_best_model_at_end": keep_best}
     assert finetune("whole", **options) == 0
     kill_at(8)
@@ -111,34 +111,47 @@ def test_damaged_best_checkpoint_spares_the_newest(
     assert best_of(newest) == first
     cut(first / damaged)
     assert finetune("killed", **options) == 0
-    assert f"continuing from {newest}" in caplog.text
     if keep_best and damaged == "model.safetensors":
-        assert f"{first}, the best checkpoint so far, is not used" in caplog.text
-        kept = {step: loss for step, loss in evaluated(tmp_path / "killed").items() if step > 6}
-        assert read_result(tmp_path / "killed").metrics["eval_loss"] == min(kept.values())
-        best = best_of(checkpoints(tmp_path / "killed" / "checkpoints")[-1])
-        assert best.name == f"checkpoint-{min(kept, key=kept.__getitem__)}"
-        assert outcome(tmp_path / "killed")[0]["model.safetensors"] == (best / "model.safetensors").read_bytes()
+        assert f"{newest} is not used: the best checkpoint before it, {first}, cannot be used" in caplog.text
     else:
-        assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+        assert f"continuing from {newest}" in caplog.text
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-def test_best_model_that_was_damaged_before_it_was_written_gives_way_to_the_last(
-    finetune: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_done", [False, True])
+def test_best_checkpoint_that_was_taken_away_gives_way_to_the_best_of_the_rest(
+    finetune: Callable[..., int],
+    kill_at: Callable[[int | None], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_done: bool,
 ) -> None:
     def killed(*args: Any, **kwargs: Any) -> None:
         raise Killed
 
+    options = BEST | {"eval_steps": 2, "save_steps": 2, "keep_checkpoints": True, "load_best_model_at_end": True}
     with monkeypatch.context() as patch:
-        patch.setattr(run, "new_folder", killed)
+        if is_done:  # but for its model folder and result
+            patch.setattr(run, "new_folder", killed)
+        else:
+            kill_at(8)
         with pytest.raises(Killed):
-            finetune("run", "--load_best_model_at_end", **BEST)
+            finetune("run", **options)
+    kill_at(None)
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    best = best_of(newest)
+    assert best != newest
+    shutil.rmtree(best)
+    assert finetune("run", **options) == 0
+    assert f"{best}, the best checkpoint so far, is not there any more" in caplog.text
+    kept = {step: loss for step, loss in evaluated(tmp_path / "run").items() if step > 6 or is_done}
     last = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    weights = (last / "model.safetensors").read_bytes()
-    cut(best_of(last) / "model.safetensors")
-    assert finetune("run", "--load_best_model_at_end", **BEST) == 0
-    assert outcome(tmp_path / "run")[0]["model.safetensors"] == weights
-    assert read_result(tmp_path / "run").metrics["eval_loss"] == evaluated(tmp_path / "run")[9]
+    expected = last if is_done else best_of(last)
+    step = int(expected.name.removeprefix("checkpoint-"))
+    assert is_done or kept[step] == min(kept.values())
+    assert read_result(tmp_path / "run").metrics["eval_loss"] == kept[max(s for s in kept if s <= step)]
+    assert outcome(tmp_path / "run")[0]["model.safetensors"] == (expected / "model.safetensors").read_bytes()
 
 
 def test_saving_the_best_alone_keeps_the_curve(
