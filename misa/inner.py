@@ -234,8 +234,8 @@ def parts(weight: Tensor, length: int | None) -> list[slice | None]:
 
 
 def cut(tensor: Tensor, part: slice | None) -> Tensor:
-    """One of the `parts` of a tensor; of a contiguous one a view."""
-    return tensor if part is None else tensor.reshape(-1)[part]
+    """One of the `parts` of a tensor; of a contiguous one a view, of which autograd keeps no record."""
+    return tensor if part is None else tensor.detach().reshape(-1)[part]
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from misa import inner
 from misa.memory.arguments import MemoryArguments
 from misa.memory.command import COLUMNS, load, main, make_optimizer, measure_method
 from misa.memory.step import MOMENTS, enable_checkpointing, measure_step, random_batch, rows, training_step
@@ -43,7 +44,9 @@ def measure(name, dtype=torch.bfloat16, checkpointing=False, **options):
     return measure_step(built.model, optimizer, batch), built.model, optimizer
 
 
-def test_full_adamw_in_bf16_holds_two_bytes_of_weights_and_twelve_of_state_for_each_parameter():
+@pytest.mark.parametrize("chunk_numel", [2**22, 2**10], ids=["whole", "in pieces"])
+def test_full_adamw_in_bf16_holds_two_bytes_of_weights_and_twelve_of_state_for_each_parameter(chunk_numel, monkeypatch):
+    monkeypatch.setitem(inner.CHUNK_NUMEL, "cpu", chunk_numel)  # weights above it are updated in pieces
     memory, model, _ = measure("adamw")
     num = sum(p.numel() for p in model.parameters())
     end = memory.moments["backward_end"].by_category
