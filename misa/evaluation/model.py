@@ -248,4 +248,5 @@ def _load(folder: ModelFolder, dtype: str) -> tuple[Any, Any, list[str]]:
 
         # Not merged: merging rounds the sum to the dtype of the base, which is not the model that was trained.
         model = PeftModel.from_pretrained(model, folder.name_or_path)
+        missing += model.load_adapter(folder.name_or_path, "default").missing_keys  # loading anew tells what lacks
     return model, AutoTokenizer.from_pretrained(source if of_file else folder.tokenizer, **of_file), missing

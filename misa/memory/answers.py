@@ -230,7 +230,7 @@ def fit(base: Scenario, variants: Sequence[str], limit_bytes: int) -> list[dict[
         else:
             print(f"{variant.label:26} none: {TOKEN_STEP} tokens take {in_gib(most['peak_bytes'])}", flush=True)
     _warn(found)
-    if any(VARIANTS[name].options.get("budget") for name in variants):
+    if any(map(has_budget, variants)):
         budget = largest_budget(base, limit_bytes)
         at_least = budget == _BUDGETS[-1]
         found.append({"variant": "misa", "largest_budget": budget, "at_least": at_least})
@@ -274,6 +274,11 @@ def print_plan(chosen: Plan) -> None:
     for reason in chosen.reasons:
         print(f"- {reason}")
     print(NOT_COUNTED)
+
+
+def has_budget(name: str) -> bool:
+    """Whether a variant has a budget, whose largest value `fit` looks for."""
+    return "budget" in VARIANTS[name].options
 
 
 def all_variants(names: str | None) -> list[str]:

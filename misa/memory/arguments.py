@@ -126,6 +126,11 @@ class MemoryArguments:
                 raise ValueError(f"{name} is given; it does nothing without {' or '.join(needed)}")
             if (self.compare or self.fit is not None) and name in ("method", *_OPTIONS, *_ENGINE_OPTIONS):
                 raise ValueError(f"{name} is given; compare and fit take the methods in the forms of variants")
+        if self.fit is not None and (sizes := [name for name in ("batch_size", "seq_len") if name in given]):
+            from misa.memory.answers import all_variants, has_budget
+
+            if not any(map(has_budget, all_variants(self.variants))):
+                raise ValueError(f"{sizes[0]} is given; fit needs it for variants of MISA alone, for the largest budget")
         if self.gradient_checkpointing and self.checkpoint_layers is not None:
             raise ValueError(
                 f"checkpoint_layers is {self.checkpoint_layers}, and gradient_checkpointing means all layers; give one "

@@ -48,7 +48,7 @@ class Scenario:
         checkpointing: Layers, from the lowest that trains upwards, whose activations are recomputed in the backward
             pass: 0 none (the default), `ALL_LAYERS` all.
         loss: "full", which holds the logits of all tokens, or "chunked".
-        dtype: Precision of the weights.
+        dtype: Precision of the weights; of `adamw_bf16` always bfloat16.
         state_format: For block methods and bf16 weights, one of `STATE_FORMATS`; None is the method's own.
         step_in_backward: For block methods: apply and free each gradient as soon as it is ready.
         lean_activations: Norms and gated products keep little and are computed again in the backward pass; see
@@ -77,6 +77,8 @@ class Scenario:
         """Check every field that can be checked without building anything."""
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; allowed: {', '.join(METHODS)}")
+        if self.method == "adamw_bf16" and self.dtype in DTYPES:
+            object.__setattr__(self, "dtype", "bfloat16")  # to which it converts the model, as fake tensors cannot be
         for name in ("batch_size", "seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

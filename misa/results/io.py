@@ -116,17 +116,20 @@ def read_curves(path: str | Path) -> list[CurvePoint]:
         path = path / CURVES_FILE
     if not path.is_file():
         raise ValueError(f"no curve file at {path}")
-    with path.open(encoding="utf-8", newline="") as stream:
-        reader = csv.DictReader(stream)
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
         if tuple(reader.fieldnames or ()) != CURVE_COLUMNS:
-            raise ValueError(f"{path}: columns are {reader.fieldnames}, expected {list(CURVE_COLUMNS)}")
-        points = []
-        for row in reader:
-            try:
-                points.append(CurvePoint.model_validate(row))
-            except ValidationError as error:
-                raise ValueError(f"{path}, line {reader.line_num}: {_faults(error)}") from error
-    return points
+            raise ValueError(f"columns are {reader.fieldnames}, expected {list(CURVE_COLUMNS)}")
+        return [_point(row, reader.line_num) for row in reader]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _point(row: dict[str, str], line: int) -> CurvePoint:
+    try:
+        return CurvePoint.model_validate(row)
+    except ValidationError as error:
+        raise ValueError(f"line {line}: {_faults(error)}") from error
 
 
 def _faults(error: ValidationError) -> str:

@@ -193,7 +193,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from misa.methods import build
-    from misa.training.memory import MemoryWatch, apply_levers, chosen_options
+    from misa.training.memory import MemoryWatch, apply_levers, chosen_options, without_mask
     from misa.training.meter import Meter
     from misa.training.progress import Progress
     from misa.training.snapshots import Snapshots, snapshot_steps
@@ -224,7 +224,7 @@ def _prepare(job: Job) -> tuple[Parts, Any, Any, Any]:
     trainer = Trainer(
         model=built.model,
         args=arguments,
-        data_collator=parts.collator,
+        data_collator=parts.collator if plan is None else without_mask(parts.collator),
         train_dataset=parts.train_dataset,
         eval_dataset=parts.eval_dataset,
         processing_class=parts.tokenizer,

@@ -129,8 +129,8 @@ class Trainer(transformers.Trainer):
 
         transformers would go by the padding token, which closes every record where the tokenizer has no other.
         """
-        if "position_ids" in inputs and "attention_mask" not in inputs:
-            # The last token of a packed record has a label, so what follows the last label of a row is padding.
+        if "attention_mask" not in inputs:
+            # The last token of a record has a label, so what follows the last label of a row is padding.
             labelled = inputs["labels"] != IGNORED
             inputs = {**inputs, "attention_mask": labelled.flip(1).cumsum(1) > 0}
         super()._track_num_input_tokens(inputs)

@@ -135,14 +135,22 @@ def test_name_on_a_hub_has_no_training_run(tmp_path, monkeypatch) -> None:
     assert session._training_run(ModelFolder("gpt2")) is None
 
 
-def test_weights_that_are_missing_are_no_random_numbers(copied, words, error) -> None:
+@pytest.mark.parametrize(("is_adapter", "num_missing"), [(False, 9), (True, 14)])
+def test_weights_that_are_missing_are_no_random_numbers(is_adapter, num_missing, copied, words, error, tmp_path):
+    from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
 
-    weights = load_file(copied / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
-    save_file(kept, copied / "model.safetensors", {"format": "pt"})
-    said = error(words(model_name_or_path=copied))
-    assert f"model_name_or_path {copied} lacks 9 weights of the model: model.layers.1." in said
+    path = copied / "model.safetensors"
+    if is_adapter:
+        base = AutoModelForCausalLM.from_pretrained(copied)
+        path = tmp_path / "adapter" / "adapter_model.safetensors"
+        get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).save_pretrained(path.parent)
+    kept = {name: tensor for name, tensor in load_file(path).items() if ".layers.1." not in name}
+    save_file(kept, path, {"format": "pt"})
+    said = error(words(model_name_or_path=path.parent))
+    assert f"model_name_or_path {path.parent} lacks {num_missing} weights of the model: " in said
+    assert "model.layers.1." in said
 
 
 @pytest.mark.parametrize(

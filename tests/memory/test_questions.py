@@ -274,6 +274,7 @@ def test_loss_given_stays_beside_a_memory_budget_also_the_default_one(small, cap
         (["--model", "7m", "--variants", "lora-r8"], "variants is given; it does nothing without compare or fit"),
         (["--model", "7m", "--output_dir", "."], "output_dir is given; it does nothing without compare or"),
         (["--model", "7m", "--compare", "--budget", "0.1"], "budget is given; compare and fit take the methods in"),
+        (["--model", "7m", "--fit", "1GiB", "--variants", "lora-r8", "--seq_len", "64"], "seq_len is given; fit needs it"),
         (["--model", "7m", "--fit", "1GiB", "--method", "lora"], "method is given; compare and fit take the methods"),
         (["--model", "7m", "--compare", "--output_dir", "/dev/null/x"], "output_dir is '/dev/null/x'; it must be a"),
         (["--seq_len", "8"], "give either --model, to simulate, or --model_name_or_path"),

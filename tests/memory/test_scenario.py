@@ -36,6 +36,7 @@ def forms():
         yield pytest.param({"method": "misa", "state_format": name}, id=f"misa-{name}")
     yield pytest.param({"method": "misa", "step_in_backward": True}, id="misa-in-backward")
     yield pytest.param({"method": "misa", "lean_activations": True, "accumulates": True}, id="misa-lean")
+    yield pytest.param({"method": "adamw_bf16", "dtype": "float32"}, id="adamw_bf16-of-float32")
 
 
 @pytest.fixture(scope="module", params=forms())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
 from misa import pretrain
 from misa.memory.fit import measure_worst
@@ -60,6 +61,23 @@ def test_run_stays_inside_its_memory_and_near_its_prediction_also_when_killed(
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert read_result(tmp_path / "killed").peaks["predicted_bytes"] == peaks["predicted_bytes"]
+
+
+def test_padded_batches_take_what_is_predicted_and_train_the_same(
+    pretrain_words: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Right padding needs no mask; with one, more would be kept than is predicted."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = LlamaConfig(num_attention_heads=8, num_key_value_heads=1, **sizes)
+    (tmp_path / "grouped.json").write_text(config.to_json_string())
+    words = {**WORDS, "model_config": tmp_path / "grouped.json", "dtype": "float32", "padding": "max_length"}
+    assert pretrain.main(pretrain_words("masked", **words)) == 0
+    assert pretrain.main(pretrain_words("planned", memory_budget="1GiB", **words)) == 0
+    masked, planned = (read_result(tmp_path / name) for name in ("masked", "planned"))
+    for name in ("train_loss", "eval_loss"):
+        assert planned.metrics[name] == pytest.approx(masked.metrics[name], rel=1e-5)
+    assert planned.metrics["num_tokens"] == masked.metrics["num_tokens"] < 3 * 4 * 256
+    assert planned.peaks["measured_bytes"] == pytest.approx(planned.peaks["predicted_bytes"], rel=0.01)
 
 
 def test_levers_alone_change_no_number(finetune: Callable[..., int], tmp_path: Path) -> None:
