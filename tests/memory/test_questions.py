@@ -6,7 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from misa.memory.answers import largest_budget
+from misa.memory.answers import explain, largest_budget
 from misa.memory.command import main
 from misa.memory.fit import measure_worst
 from misa.memory.grid import TABLES
@@ -41,6 +41,14 @@ def write(tmp_path):
 @pytest.fixture
 def small(write):
     return write()
+
+
+def test_worst_draw_is_no_better_than_the_one_at_hand(small, monkeypatch):
+    scenario = Scenario(small, "misa", {"budget": 0.1}, seq_len=64)
+    monkeypatch.setattr("misa.memory.draws.Draws.worst", lambda self: (20,))  # the last matrix alone
+    draw = explain(scenario)["draw"]
+    assert draw["worst"] == draw["used"]
+    assert draw["worst_bytes"] == draw["used_bytes"]
 
 
 def test_explains_a_peak_in_words_and_in_json(small, capsys):
@@ -274,7 +282,7 @@ def test_loss_given_stays_beside_a_memory_budget_also_the_default_one(small, cap
         (["--model", "7m", "--variants", "lora-r8"], "variants is given; it does nothing without compare or fit"),
         (["--model", "7m", "--output_dir", "."], "output_dir is given; it does nothing without compare or"),
         (["--model", "7m", "--compare", "--budget", "0.1"], "budget is given; compare and fit take the methods in"),
-        (["--model", "7m", "--fit", "1GiB", "--variants", "lora-r8", "--seq_len", "64"], "seq_len is given; fit needs it"),
+        (["--model", "7m", "--fit", "1GiB", "--variants", "badam", "--seq_len", "8"], "seq_len is given; fit needs it"),
         (["--model", "7m", "--fit", "1GiB", "--method", "lora"], "method is given; compare and fit take the methods"),
         (["--model", "7m", "--compare", "--output_dir", "/dev/null/x"], "output_dir is '/dev/null/x'; it must be a"),
         (["--seq_len", "8"], "give either --model, to simulate, or --model_name_or_path"),

@@ -127,11 +127,11 @@ def test_malformed_curves_are_named_by_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="columns are"):
         read_curves(path)
     path.write_text("step,tokens,time_s,metric,value\n1,2,3,train_loss,4\n1,2,3,train_loss,low\n")
-    with pytest.raises(ValueError, match=r"curves.csv: line 3: value:"):
+    with pytest.raises(ValueError, match=r"curves\.csv: line 3: value:"):
         read_curves(path)
     for damaged in (b"\xff\xfe\x00", b"step,tokens,time_s,metric,value\n" + b"9" * 200_000):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="curves.csv: "):
+        with pytest.raises(ValueError, match=r"curves\.csv: "):
             read_curves(path)
 
 
