@@ -106,12 +106,15 @@ def most_tokens(peak: Callable[[int], int], limit_bytes: int, known: dict[int, i
     return low
 
 
-def largest_batch(laboratory: Laboratory, limit_bytes: int, **setting: Any) -> dict[str, Any]:
+def largest_batch(
+    laboratory: Laboratory, limit_bytes: int, known: dict[int, int] | None = None, **setting: Any
+) -> dict[str, Any]:
     """The most tokens of a step that fit, as sequences no longer than the model allows.
 
     Args:
         laboratory: What trains.
         limit_bytes: What there is.
+        known: Peaks already measured, by tokens; filled with what is measured here.
         **setting: Fields of the scenario to change: checkpointing, loss.
 
     Returns:
@@ -119,7 +122,7 @@ def largest_batch(laboratory: Laboratory, limit_bytes: int, **setting: Any) -> d
         fitted, so that more may fit. No tokens and the peak of the fewest if none fit.
     """
     limit = longest_sequence(laboratory.config)
-    known: dict[int, int] = {}
+    known = {} if known is None else known
     num = most_tokens(
         lambda n: measure_worst(laboratory, **batch_of(n, limit), **setting).peak.total_bytes, limit_bytes, known
     )

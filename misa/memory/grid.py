@@ -54,15 +54,13 @@ def measure_variant(name: str, model: str) -> Rows:
         model: A model's name.
     """
     from misa.memory.draws import Draws
-    from misa.memory.fit import batch_of, draw_measured, measure_worst, most_tokens
-    from misa.memory.models import longest_sequence
+    from misa.memory.fit import draw_measured, largest_batch, measure_worst
     from misa.memory.scenario import ALL_LAYERS, Laboratory
     from misa.memory.sizes import parse_bytes
     from misa.memory.variants import VARIANTS
 
     variant = VARIANTS[name]
     laboratory = Laboratory(variant.scenario(model=model))
-    limit = longest_sequence(laboratory.config)
     about = {"variant": name, "method": variant.method, "label": variant.label, "model": model}
     rows: Rows = {table: [] for table in TABLES}
     peaks: dict[str, dict[int, int]] = {"full": {}, "chunked": {}}
@@ -96,19 +94,11 @@ def measure_variant(name: str, model: str) -> Rows:
             measure(1, 2048, checkpointing, "chunked")
     for loss, known in peaks.items() if not variant.is_detail else ():
         limit_bytes = parse_bytes(LIMIT)
-        num = most_tokens(
-            lambda n, loss=loss: (
-                measure_worst(  # type: ignore[misc]
-                    laboratory, **batch_of(n, limit), checkpointing=ALL_LAYERS, loss=loss
-                ).peak.total_bytes
-            ),
-            limit_bytes,
-            known,
-        )
-        sizes = batch_of(num, limit) if num else {"batch_size": 0, "seq_len": 0}
+        found = largest_batch(laboratory, limit_bytes, known, checkpointing=ALL_LAYERS, loss=loss)
+        sizes = {name: found[name] for name in ("batch_size", "seq_len", "num_tokens")}
         rows["memory_fit"].append(
-            {**about, "limit_bytes": limit_bytes, "checkpointing": True, "loss": loss, **sizes, "num_tokens": num}
-            | {"bytes": known[num or min(known)]}
+            {**about, "limit_bytes": limit_bytes, "checkpointing": True, "loss": loss}
+            | {**sizes, "bytes": found["peak_bytes"]}
         )
     return rows
 

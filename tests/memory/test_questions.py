@@ -324,7 +324,8 @@ def test_grid_part_that_cannot_be_written_is_an_error_in_words(small, monkeypatc
     assert "python -m misa.memory.grid: error: [Errno" in capsys.readouterr().err
 
 
-def test_grid_parts_become_tables(small, tmp_path, monkeypatch):
+def test_grid_parts_become_tables(write, tmp_path, monkeypatch):
+    small = write(max_position_embeddings=2100)
     monkeypatch.setattr("misa.memory.grid.SEQ_LENS", (128, 256, 512))
     monkeypatch.setattr("misa.memory.grid.LIMIT", "128MiB")
     parts = []
@@ -338,6 +339,9 @@ def test_grid_parts_become_tables(small, tmp_path, monkeypatch):
         table = pd.read_csv(tmp_path / "tables" / f"{name}.csv")
         assert tuple(table.columns) == columns
         assert len(table)
+    fits = pd.read_csv(tmp_path / "tables" / "memory_fit.csv")
+    assert (fits["num_tokens"] == fits["batch_size"] * fits["seq_len"]).all()
+    assert (fits["num_tokens"] % 128).any()  # full sequences would be longer than the model allows
     grid = pd.read_csv(tmp_path / "tables" / "memory_grid.csv")
     assert set(grid["draw"]) == {"worst", "mean"}
     assert set(json.loads((tmp_path / "tables" / "memory_grid.json").read_text())["parts"]) == {
