@@ -181,14 +181,16 @@ class ActiveSet:
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the inner optimizer takes over from a group: all of it, or lr and decay if it is not one of ours."""
         if self._settings.inner is None or hasattr(self._settings.inner, "skips_on_device"):
-            return {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
-        return {k: group[k] for k in ("lr", "weight_decay") if k not in self._settings.inner_kwargs}
+            taken = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
+        else:
+            taken = {k: group[k] for k in ("lr", "weight_decay") if k not in self._settings.inner_kwargs}
+        if "lr" in taken:
+            taken["lr"] = taken["lr"] * self.lr_factor  # a tensor is copied, since steps write to the inner one
+        return taken
 
     def _run(self, inner: Any, entries: list[Entry], bad: Tensor | bool, scale: Tensor | None) -> None:
         for group in inner.param_groups:  # learning rate, decay and so on, as the schedulers left them
             for name, value in self._hyperparameters(self._groups[group["outer"]]).items():
-                if name == "lr":
-                    value = value * self.lr_factor
                 if isinstance(group.get(name), Tensor):  # an inner optimizer of compiled code wants to keep its own
                     group[name].fill_(value)
                 else:
