@@ -236,13 +236,21 @@ def kind_by_name(name: str, p: nn.Parameter) -> str:
 
 
 def warn_unmatched(always_on: Sequence[str], rest: Mapping[str, Sequence[NamedParameter]]) -> None:
-    """Say which kinds are to be always on and match nothing, while there are parameters that will never train.
+    """Say which kinds are to be always on and match nothing: a tied head, or while there are others that never train.
 
     Args:
         always_on: The kinds asked for.
         rest: Parameters in no block, by kind.
     """
-    missing = [kind for kind in always_on if not rest[kind] and (kind, bool(rest["embeddings"])) != ("head", True)]
+    missing = [kind for kind in always_on if not rest[kind]]
+    if "head" in missing and rest["embeddings"]:
+        missing.remove("head")
+        if "embeddings" not in always_on:
+            warnings.warn(
+                "always_on: no parameter is of the kind head; a head tied to the embeddings is trained with them, as "
+                "the kind 'embeddings'",
+                stacklevel=6,
+            )
     left = [name for name, _ in rest["other"] if "other" not in always_on]
     if missing and left:
         warnings.warn(
