@@ -176,11 +176,11 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         added = [(name, p) for name, p in trainable(zip(names, params, strict=True)) if p not in self._off]
         self._entries |= {p: Entry(name, p, number, self._block_of.get(p, -1)) for name, p in added}
         if hasattr(self, "_on"):
-            norms = self._on.norms
+            norms, counts = self._on.norms, self._on.group_state()
             known = set(self._owned)
             self._owned += [p for _, p in added if p not in known]
             self._switch_to(self._active)
-            self._on.norms = norms
+            self._on.norms, self._on.group_state_before = norms, counts
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
