@@ -351,6 +351,11 @@ class Entry:
         if self.local is not self.param and self.param.grad is not None:
             self.local.grad = part(self.param.grad)
 
+    def forget_gradient(self) -> None:
+        """Undo `take_gradient`, also of a step that is skipped: in the next there may be no gradient to take."""
+        if self.local is not self.param:
+            self.local.grad = None
+
     def make_master(self) -> None:
         """Copy the weight to fp32, with what an earlier master held beyond the weight's precision."""
         self.master = make_master(self.local.detach(), self.residual, stamp(self.local) != self.stamp)

@@ -202,6 +202,8 @@ class ActiveSet:
         # A plain torch optimizer cannot skip on the device: read the flag.
         found_inf = bad if isinstance(bad, Tensor) else None
         if bad is True or not (hasattr(inner, "skips_on_device") or bool(bad == 0)):
+            for e in entries:
+                e.forget_gradient()
             return
         if isinstance(inner, FusedAdamW):
             inner.update(found_inf, scale)
@@ -219,8 +221,7 @@ class ActiveSet:
         self._workers.gather_weights(e.param for e in entries)
         for e in entries:
             e.stamp = stamp(e.local)
-            if e.local is not e.param:
-                e.local.grad = None
+            e.forget_gradient()
         if not all(map(self._state.get, (e.param for e in entries))):
             self._show_state(inner, entries)
 
