@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from misa.distributed.sharded import local_part
 from misa.gradients import Number, gradient_norm
-from misa.inner import cut_residual, follow_weight, make_master, stamp
+from misa.inner import cut_residual, follow_weight, make_master, memory_of, stamp
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -347,8 +347,12 @@ class Entry:
         self.local = part(self.param)
 
     def take_gradient(self, part: Callable[[Tensor], Tensor]) -> None:
-        """Show the inner optimizer the gradient of the local part."""
-        if self.local is not self.param and self.param.grad is not None:
+        """Show the inner optimizer the gradient of the local part, and where that lies if the weight was moved."""
+        if self.local is self.param:
+            return
+        if memory_of(now := part(self.param)) != memory_of(self.local):
+            self.local.data = now
+        if self.param.grad is not None:
             self.local.grad = part(self.param.grad)
 
     def forget_gradient(self) -> None:

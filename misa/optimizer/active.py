@@ -197,8 +197,8 @@ class ActiveSet:
                     group[name] = value
         part = self._workers.local_part
         for e in entries:
-            e.follow_outside_edits()
             e.take_gradient(part)
+            e.follow_outside_edits()
         # A plain torch optimizer cannot skip on the device: read the flag.
         found_inf = bad if isinstance(bad, Tensor) else None
         if bad is True or not (hasattr(inner, "skips_on_device") or bool(bad == 0)):
