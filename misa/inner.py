@@ -75,7 +75,7 @@ def make_master(weight: Tensor, residual: Tensor | None, edited: bool) -> Tensor
     """fp32 copy of a weight, with the residual that `cut_residual` kept of an earlier one.
 
     Where the weight was edited meanwhile, its residual means nothing: it is left out where the sum would be another
-    weight, or no number.
+    weight, no number or, beside a zero of bf16, one too small to be a weight.
     """
     master = weight.float()
     if residual is None:
@@ -86,7 +86,10 @@ def make_master(weight: Tensor, residual: Tensor | None, edited: bool) -> Tensor
         finer.view(torch.int32).add_(residual.to(torch.int32))  # the widening is spelled out because it is faster so
     else:
         finer.add_(residual)
-    return torch.where((finer.to(weight.dtype) == weight) & (weight != 0), finer, master) if edited else master
+    if not edited:
+        return master
+    fits = finer.to(weight.dtype) == weight
+    return torch.where(fits if weight.dtype == torch.float16 else fits & (weight != 0), finer, master)
 
 
 def cut_residual(master: Tensor, weight: Tensor) -> Tensor:

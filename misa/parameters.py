@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from misa.distributed.sharded import local_part
 from misa.gradients import Number, gradient_norm
-from misa.inner import cut_residual, follow_weight, make_master, stamp
+from misa.inner import cut_residual, follow_weight, make_master, memory_of, stamp
 
 NamedParameter = tuple[str, nn.Parameter]
 
@@ -236,13 +236,21 @@ def kind_by_name(name: str, p: nn.Parameter) -> str:
 
 
 def warn_unmatched(always_on: Sequence[str], rest: Mapping[str, Sequence[NamedParameter]]) -> None:
-    """Say which kinds are to be always on and match nothing, while there are parameters that will never train.
+    """Say which kinds are to be always on and match nothing: a tied head, or while there are others that never train.
 
     Args:
         always_on: The kinds asked for.
         rest: Parameters in no block, by kind.
     """
-    missing = [kind for kind in always_on if not rest[kind] and (kind, bool(rest["embeddings"])) != ("head", True)]
+    missing = [kind for kind in always_on if not rest[kind]]
+    if "head" in missing and rest["embeddings"]:
+        missing.remove("head")
+        if "embeddings" not in always_on:
+            warnings.warn(
+                "always_on: no parameter is of the kind head; a head tied to the embeddings is trained with them, as "
+                "the kind 'embeddings'",
+                stacklevel=6,
+            )
     left = [name for name, _ in rest["other"] if "other" not in always_on]
     if missing and left:
         warnings.warn(
@@ -339,9 +347,18 @@ class Entry:
         self.local = part(self.param)
 
     def take_gradient(self, part: Callable[[Tensor], Tensor]) -> None:
-        """Show the inner optimizer the gradient of the local part."""
-        if self.local is not self.param and self.param.grad is not None:
+        """Show the inner optimizer the gradient of the local part, and where that lies if the weight was moved."""
+        if self.local is self.param:
+            return
+        if memory_of(now := part(self.param)) != memory_of(self.local):
+            self.local.data = now
+        if self.param.grad is not None:
             self.local.grad = part(self.param.grad)
+
+    def forget_gradient(self) -> None:
+        """Undo `take_gradient`, also of a step that is skipped: in the next there may be no gradient to take."""
+        if self.local is not self.param:
+            self.local.grad = None
 
     def make_master(self) -> None:
         """Copy the weight to fp32, with what an earlier master held beyond the weight's precision."""

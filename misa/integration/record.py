@@ -32,6 +32,10 @@ class RoundRecord:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of an optimizer records nothing: rounds of two would be mixed in one file."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: what is loaded later looks at the file again, which has grown since."""
+        return vars(self) | {"_next": -1}
+
     def append(self, optimizer: BlockCoordinateOptimizer, measured: dict[int, float]) -> None:
         """Write the round that ends now.
 

@@ -181,25 +181,29 @@ class ActiveSet:
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
         """What the inner optimizer takes over from a group: all of it, or lr and decay if it is not one of ours."""
         if self._settings.inner is None or hasattr(self._settings.inner, "skips_on_device"):
-            return {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
-        return {k: group[k] for k in ("lr", "weight_decay") if k not in self._settings.inner_kwargs}
+            taken = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
+        else:
+            taken = {k: group[k] for k in ("lr", "weight_decay") if k not in self._settings.inner_kwargs}
+        if "lr" in taken:
+            taken["lr"] = taken["lr"] * self.lr_factor  # a tensor is copied, since steps write to the inner one
+        return taken
 
     def _run(self, inner: Any, entries: list[Entry], bad: Tensor | bool, scale: Tensor | None) -> None:
         for group in inner.param_groups:  # learning rate, decay and so on, as the schedulers left them
             for name, value in self._hyperparameters(self._groups[group["outer"]]).items():
-                if name == "lr":
-                    value = value * self.lr_factor
                 if isinstance(group.get(name), Tensor):  # an inner optimizer of compiled code wants to keep its own
                     group[name].fill_(value)
                 else:
                     group[name] = value
         part = self._workers.local_part
         for e in entries:
-            e.follow_outside_edits()
             e.take_gradient(part)
+            e.follow_outside_edits()
         # A plain torch optimizer cannot skip on the device: read the flag.
         found_inf = bad if isinstance(bad, Tensor) else None
         if bad is True or not (hasattr(inner, "skips_on_device") or bool(bad == 0)):
+            for e in entries:
+                e.forget_gradient()
             return
         if isinstance(inner, FusedAdamW):
             inner.update(found_inf, scale)
@@ -217,8 +221,7 @@ class ActiveSet:
         self._workers.gather_weights(e.param for e in entries)
         for e in entries:
             e.stamp = stamp(e.local)
-            if e.local is not e.param:
-                e.local.grad = None
+            e.forget_gradient()
         if not all(map(self._state.get, (e.param for e in entries))):
             self._show_state(inner, entries)
 

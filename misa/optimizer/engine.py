@@ -176,11 +176,11 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         added = [(name, p) for name, p in trainable(zip(names, params, strict=True)) if p not in self._off]
         self._entries |= {p: Entry(name, p, number, self._block_of.get(p, -1)) for name, p in added}
         if hasattr(self, "_on"):
-            norms = self._on.norms
+            norms, counts = self._on.norms, self._on.group_state()
             known = set(self._owned)
             self._owned += [p for _, p in added if p not in known]
             self._switch_to(self._active)
-            self._on.norms = norms
+            self._on.norms, self._on.group_state_before = norms, counts
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -378,8 +378,9 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             found = {i: total / num_steps for i, total in zip(self._active, sums, strict=True)}
         for i, norm in self._probe.norms(self._on.unscale).items():
             found[i] = norm * norm if rule.squared else norm
-        found = {i: value for i, value in found.items() if math.isfinite(value)}
-        return {i: value / self.blocks[i].numel for i, value in found.items()} if rule.per_parameter else found
+        # Scores square a plain norm: it is divided by the root of the size.
+        power = (1 if rule.squared else 0.5) * rule.per_parameter
+        return {i: value / self.blocks[i].numel ** power for i, value in found.items() if math.isfinite(value)}
 
     def _start_probe_if_due(self) -> None:
         """For the last step of every so many rounds, switch all blocks on; see `Probe`."""

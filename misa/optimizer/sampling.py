@@ -144,5 +144,6 @@ class BlockSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self._generator.set_state(state["generator"].cpu())
-        self._last_used, self._cycle = list(state["last_used"]), list(state["cycle"])
+        self._last_used = list(state["last_used"])
+        self._cycle = [i for i in state["cycle"] if self._fits(i)]  # the limit may be another one now
         self._round = state["round"]

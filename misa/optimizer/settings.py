@@ -138,6 +138,8 @@ class Settings:
             )
         if not takes_no_closure(self.inner):
             raise ValueError(f"inner={self.inner!r}: needs a closure, and is given gradients here")
+        if self.inner is None and self.inner_kwargs:
+            raise ValueError(f"inner_kwargs={self.inner_kwargs!r}: needs an inner optimizer, inner=")
         if self.inner is None and self.state_format == "inner":
             raise ValueError("state_format='inner': needs an inner optimizer, inner=")
         if self.shard_state and (self.inner is not None or self.state_format == "8bit"):

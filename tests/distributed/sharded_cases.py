@@ -114,6 +114,7 @@ def together(folder: str) -> dict[str, Any]:
     found["8bit"] = message(lambda: make(True, dtype=torch.bfloat16, state_format="8bit"))
     found["bound"] = message(lambda: make(True, variant="paper"))
     found["partly"] = message(_partly)
+    found["finite after a skipped step"] = _finite_after_a_skipped_step()
     return found
 
 
@@ -132,3 +133,15 @@ def _partly() -> Any:
     model = llama(2)
     fully_shard(model.model.layers[0])
     return KINDS["misa"](model, budget=0.3)
+
+
+def _finite_after_a_skipped_step() -> bool:
+    """One weight has no gradient in the step that follows, as an expert without tokens."""
+    model, optimizer = make(True)
+    for factor in (float("nan"), 1.0):
+        (model(**rows(0)).loss * factor).backward()
+        if factor == 1:
+            optimizer._on.entries[0].param.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    return all(weight.isfinite().all() for weight in outcome(model, optimizer)["weights"].values())

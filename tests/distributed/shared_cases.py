@@ -42,8 +42,14 @@ def together(folder: str) -> dict[str, Any]:
         twin_model, twin = copy.deepcopy((model, optimizer))
         train(model, optimizer, range(SAVED_AT, NUM_STEPS))
         train(twin_model, twin, range(SAVED_AT, NUM_STEPS))
+        moved_model, moved = make(False, shard_state=True, **options)
+        train(moved_model, moved, range(SAVED_AT))
+        for p in moved_model.parameters():  # to another device, in the middle of a round, and back
+            p.data = p.data.clone()
+        train(moved_model, moved, range(SAVED_AT, NUM_STEPS))
         found[name] = {
             **outcome(model, optimizer),
+            "moved": outcome(moved_model, moved),
             "without": outcome(plain_model, plain),
             "copy": outcome(twin_model, twin),
             "bytes": held,

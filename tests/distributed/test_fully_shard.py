@@ -89,3 +89,7 @@ def test_what_needs_whole_gradients_is_refused(two: list[Found]) -> None:
 
 def test_model_sharded_in_part_is_refused(two: list[Found]) -> None:
     assert "call fully_shard on every layer and on the model" in two[0]["partly"]
+
+
+def test_gradient_of_a_skipped_step_is_forgotten(two: list[Found]) -> None:
+    assert two[0]["finite after a skipped step"]

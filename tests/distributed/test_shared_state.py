@@ -94,6 +94,12 @@ def test_copy_of_the_optimizer_trains_on(two: list[Found], case: str) -> None:
         require_equal(found[case]["copy"], found[case])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_weights_that_get_other_memory_in_a_round_train_on(two: list[Found], case: str) -> None:
+    for found in two:
+        require_equal(found[case]["moved"], found[case])
+
+
 @pytest.mark.parametrize("options", [{"inner": torch.optim.SGD}, {"state_format": "8bit"}])
 def test_rules_that_look_beyond_an_element_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="shard_state=True: needs AdamW"):

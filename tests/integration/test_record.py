@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import torch
 from tiny import llama, train
@@ -67,6 +68,16 @@ def test_record_of_a_new_run_replaces_an_old_one(tmp_path):
     train(*make(path), 8)
     train(*make(path), 4)
     assert [r["round"] for r in lines(path)] == [0, 1]
+
+
+def test_record_of_a_pickled_optimizer_has_no_round_twice(tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    model, optimizer = make(path)
+    train(model, optimizer, 2)
+    saved = pickle.dumps((model, optimizer))
+    train(model, optimizer, 4, first=2)
+    train(*pickle.loads(saved), 4, first=2)
+    assert [r["round"] for r in lines(path)] == [0, 1, 2]
 
 
 def test_record_does_not_change_training(tmp_path):

@@ -251,6 +251,8 @@ class Counting(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 m = self.state[p].setdefault("m", [torch.zeros_like(p)])[0]
                 m.lerp_(p.grad, 0.1)
                 p.sub_(group["lr"] * m / (1 - 0.9 ** group["step"]))
@@ -272,6 +274,17 @@ def test_inner_optimizer_with_state_in_its_groups_and_in_lists_continues_bit_for
     other.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 6, first=stop)
     train(twin, other, 6, first=stop)
+    assert same(model, twin)
+
+
+def test_inner_optimizer_with_state_in_its_groups_counts_on_when_a_group_is_added():
+    model, twin = llama(2), llama(2)
+    for m in (model, twin):
+        optimizer = MISA(m, lr=0.1, budget=0.2, interval=5, inner=Counting)
+        train(m, optimizer, 2)
+        if m is model:
+            optimizer.add_param_group({"params": [("more", torch.nn.Parameter(torch.ones(3, 3)))]})
+        train(m, optimizer, 2, first=2)
     assert same(model, twin)
 
 

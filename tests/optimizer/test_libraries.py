@@ -148,6 +148,8 @@ def test_kind_that_matches_nothing_is_warned_of_where_something_is_left_out():
         warnings.simplefilter("error")
         MISA(Two(), budget=0.5, always_on=("head", "other"))
         LISA(llama(tie_word_embeddings=True))
+    with pytest.warns(UserWarning, match="a head tied to the embeddings is trained with them"):
+        MISA(llama(tie_word_embeddings=True), budget=0.5, always_on=("head", "norms"))
 
 
 # ---- gradients, state, sizes ----------------------------------------------------------------------------------------

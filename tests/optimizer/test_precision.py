@@ -96,6 +96,23 @@ def test_residual_of_an_edited_weight_is_forgotten():
     assert torch.equal(entry.master.bfloat16(), weight)
 
 
+def test_master_that_fp16_holds_as_zero_is_made_again_by_a_resumed_run():
+    def make():
+        model = llama(2, torch.float16)
+        torch.nn.init.zeros_(model.model.layers[0].self_attn.q_proj.weight)
+        return model, BAdam(model, lr=1e-8, interval=1, order="ascending")
+
+    (_, optimizer), (_, other) = make(), make()
+    for e in optimizer._on.entries:
+        e.param.grad = torch.ones_like(e.param)
+    optimizer.step()
+    other.load_state_dict(optimizer.state_dict())
+    entry = next(e for e in other._entries.values() if e.name == "model.layers.0.self_attn.q_proj.weight")
+    entry.make_master()
+    assert not entry.param.any()
+    assert torch.allclose(entry.master, torch.tensor(-1e-8), rtol=1e-2, atol=0)
+
+
 def test_fp32_weights_get_no_master_and_are_updated_in_place():
     model = llama(2)
     optimizer = MISA(model, budget=0.3)

@@ -29,11 +29,13 @@ def test_probe_is_of_every_second_round():
     assert [n == 21 for n in num_on] == [False, False, False, True] * 2
 
 
-def test_probe_of_plain_norms():
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_probe_of_plain_norms(per_parameter):
     model, twin = llama(), llama()
-    rule = ScoreRule(beta=0.0, squared=False, per_parameter=False)
+    rule = ScoreRule(beta=0.0, squared=False, per_parameter=per_parameter)
     optimizer = MISA(model, budget=0.1, interval=1, lr=0.0, score=rule, probe_every=1)
     train(model, optimizer, 1)
     backward(twin, 0)
     for name, score in optimizer.scores.items():
-        assert score == pytest.approx(twin.get_submodule(name).weight.grad.square().sum().item(), rel=1e-5)
+        squares = twin.get_submodule(name).weight.grad.square()
+        assert score == pytest.approx((squares.mean() if per_parameter else squares.sum()).item(), rel=1e-5)

@@ -120,3 +120,15 @@ def test_round_warmup_reaches_another_inner_optimizer():
 def test_round_warmup_out_of_range_raises(options, message):
     with pytest.raises(ValueError, match=message):
         MISA(llama(1), **options)
+
+
+@pytest.mark.parametrize("inner", [None, torch.optim.SGD])
+def test_round_warmup_of_a_rate_held_in_a_tensor_leaves_that_as_it_is(inner):
+    rate = 2.0**-10  # exact in fp32
+    model, twin = llama(2), llama(2)
+    options = {"budget": 0.3, "interval": 4, "round_warmup": 3, "inner": inner}
+    optimizer = MISA(model, lr=torch.tensor(rate), **options)
+    train(model, optimizer, 9)
+    assert optimizer.param_groups[0]["lr"] == rate
+    train(twin, MISA(twin, lr=rate, **options), 9)
+    assert same(model, twin)

@@ -164,6 +164,15 @@ def test_loaded_sampler_continues_with_the_same_draws(order):
     assert [sampler.draw(uniform(4)) for _ in range(9)] == [other.draw(uniform(4)) for _ in range(9)]
 
 
+def test_blocks_of_a_loaded_cycle_that_fit_no_more_are_passed_over():
+    """Out of memory, a run goes on with a smaller budget."""
+    sampler = BlockSampler([1, 3, 1], "ascending", max_numel=3)
+    assert sampler.draw(uniform(3)) == (0,)
+    smaller = BlockSampler([1, 3, 1], "ascending", max_numel=2)
+    smaller.load_state_dict(sampler.state_dict())
+    assert [smaller.draw(uniform(3)) for _ in range(2)] == [(0, 2), (0, 2)]
+
+
 def test_more_blocks_than_there_are_raises():
     with pytest.raises(ValueError, match="num_blocks=4: there are only 3"):
         BlockSampler([1, 1, 1], "uniform", num_blocks=4)

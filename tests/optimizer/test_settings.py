@@ -41,6 +41,7 @@ from misa.optimizer import MISA, Settings
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"betas": (0.9, 1.0)}, "betas="),
         ({"inner": torch.optim.SGD, "state_format": "bf16"}, "state_format='bf16'"),
+        ({"inner_kwargs": {"amsgrad": True}}, "inner_kwargs={'amsgrad': True}: needs an inner optimizer"),
         ({"num_block": 3}, "unknown option num_block"),
     ],
 )
