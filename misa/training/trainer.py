@@ -41,6 +41,8 @@ class Trainer(transformers.Trainer):
     _staging: str | None = None
     # Whether the checkpoint to train on from is one of another run.
     _is_foreign = False
+    # The checkpoint whose random state is to be there when the first batches of a stream that goes on have been read.
+    _random_state_of: str | None = None
     # Losses of this step's passes that have not been looked at yet.
     _losses: list[Any]
 
@@ -100,6 +102,13 @@ class Trainer(transformers.Trainer):
             return f"{where}, pass {number + 1} of the step"
         return f"{where} (epoch {epoch + 1}), in the batch of training records {', '.join(map(str, records))}"
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the batches of a step; that a stream is opened anew, which draws a random number, changes no dropout."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._load_rng_state(self._random_state_of)
+        self._random_state_of = None
+        return found
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         strategy = self.args.train_sampling_strategy
@@ -151,6 +160,7 @@ class Trainer(transformers.Trainer):
         if (checkpoint / STREAM_FILE).is_file():
             self.train_dataset.resume(json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")))
             changed["ignore_data_skip"] = True
+            self._random_state_of = str(checkpoint)
         named = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
         if is_foreign:
             self.add_callback(_Recall(None))
@@ -242,8 +252,9 @@ class Schedule(TrainerCallback):
     """Make a run's record the same whether or not it was interrupted.
 
     A checkpoint in the middle of a logging interval would lose the losses since the last point of the curve, so
-    every checkpoint closes the interval, and so does an evaluation that may be followed by one. The last step is logged
-    and, if there is evaluation data, evaluated.
+    every checkpoint closes the interval, and so does an evaluation that may be followed by one. One of an epoch's last
+    step would lose the evaluation of the epoch, so that comes before it. The last step is logged and, if there is
+    evaluation data, evaluated.
 
     Args:
         evaluate_at_end: Whether to evaluate after the last step.
@@ -251,19 +262,23 @@ class Schedule(TrainerCallback):
 
     def __init__(self, evaluate_at_end: bool) -> None:
         self.evaluate_at_end = evaluate_at_end
+        self._evaluated = 0  # the last step that was evaluated before its epoch ended
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Ask for a log with every checkpoint, and for everything at the last step."""
         last = state.global_step >= state.max_steps
         if control.should_save or last or (control.should_evaluate and args.save_strategy == "best"):
             control.should_log = True
-        if last and self.evaluate_at_end:
+        ends_epoch = args.eval_strategy == "epoch" and state.epoch == int(state.epoch) >= args.eval_delay
+        if (last and self.evaluate_at_end) or (control.should_save and ends_epoch):
             control.should_evaluate = True
+        if control.should_evaluate:
+            self._evaluated = state.global_step
         return control
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Ask for a log with every checkpoint; do not evaluate the last step again because an epoch ends with it."""
-        if state.global_step >= state.max_steps:
+        """Ask for a log with every checkpoint; evaluate no step again because an epoch ends with it."""
+        if state.global_step == self._evaluated:
             control.should_evaluate = False
         if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
             control.should_log = True
