@@ -216,11 +216,19 @@ class MemoryWatch(TrainerCallback, ExportableState):
         names = ("measured_bytes", "estimate_bytes", "draw", "layers")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take over what a checkpoint kept."""
-        held = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step > 0 else {}
-        for name, value in held.get("attributes", {}).items():
+    def restore(self, state: TrainerState) -> None:
+        """Take over what a checkpoint kept.
+
+        Args:
+            state: Trainer state read from the checkpoint.
+        """
+        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
             setattr(self, name, value)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go on where a checkpoint stood."""
+        if state.global_step > 0:
+            self.restore(state)
 
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any

@@ -204,6 +204,12 @@ class Trainer(transformers.Trainer):
             last = self.state.global_step - 1
             self.lr_scheduler = LambdaLR(self.optimizer, schedule.lr_lambdas, last_epoch=last)
 
+    def _load_callback_state(self) -> None:
+        """Another run may have had no limit on its memory, and what it took is not what this one takes."""
+        if self._is_foreign and self.watch is not None:
+            self.state.stateful_callbacks[type(self.watch).__name__] = self.watch.state()
+        super()._load_callback_state()
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 

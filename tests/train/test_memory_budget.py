@@ -15,6 +15,7 @@ from misa.memory.fit import measure_worst
 from misa.memory.scenario import Laboratory, Scenario
 from misa.models import load_tokenizer, model_config
 from misa.results import read_result
+from misa.training import run
 
 from .conftest import Killed
 
@@ -61,6 +62,41 @@ def test_run_stays_inside_its_memory_and_near_its_prediction_also_when_killed(
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert read_result(tmp_path / "killed").peaks["predicted_bytes"] == peaks["predicted_bytes"]
+
+
+def test_kill_while_writing_the_model_loses_nothing_of_what_was_measured(
+    finetune: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"budget": 0.3, "max_steps": 3, "memory_budget": "1GiB"}
+    assert finetune("whole", **options) == 0
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "new_folder", killed)
+        with pytest.raises(Killed):
+            finetune("killed", **options)
+    assert finetune("killed", **options) == 0
+    whole, killed_peaks = (read_result(tmp_path / name).peaks for name in ("whole", "killed"))
+    for name in ("predicted_bytes", "measured_bytes"):
+        assert killed_peaks[name] == whole[name] > 0
+
+
+def test_start_from_a_checkpoint_of_another_run_measures_its_own_memory(
+    finetune: Callable[..., int], tmp_path: Path
+) -> None:
+    options = {"budget": 0.3, "max_steps": 3}
+    assert finetune("plain", "--keep_checkpoints", **options) == 0
+    large = {"memory_budget": "1GiB", "per_device_train_batch_size": 16}
+    assert finetune("large", "--keep_checkpoints", **options, **large) == 0
+    options |= {"max_steps": 6, "memory_budget": "1GiB"}
+    for name in ("plain", "large"):
+        start = tmp_path / name / "checkpoints" / "checkpoint-3"
+        assert finetune(f"{name}-on", continue_from=start, **options) == 0
+    peaks = {name: read_result(tmp_path / name).peaks["measured_bytes"] for name in ("large", "plain-on", "large-on")}
+    assert peaks["plain-on"] < peaks["large"]
+    assert peaks["large-on"] < peaks["large"]
 
 
 def test_padded_batches_take_what_is_predicted_and_train_the_same(
