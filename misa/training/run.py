@@ -274,7 +274,7 @@ def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:
         trainer.train()
     else:
         logger.info("continuing from %s", checkpoint)
-        trainer.continue_from(checkpoint, is_foreign)
+        trainer.continue_from(checkpoint, is_foreign, not is_foreign or folders.has_stream_of(job, checkpoint))
     if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
 

@@ -144,7 +144,7 @@ class Trainer(transformers.Trainer):
             inputs = {**inputs, "attention_mask": labelled.flip(1).cumsum(1) > 0}
         super()._track_num_input_tokens(inputs)
 
-    def continue_from(self, checkpoint: Path, is_foreign: bool) -> None:
+    def continue_from(self, checkpoint: Path, is_foreign: bool, same_stream: bool) -> None:
         """Train on from a checkpoint.
 
         A streamed data set goes on reading where it stood; transformers would read everything before it again. From
@@ -153,19 +153,18 @@ class Trainer(transformers.Trainer):
         Args:
             checkpoint: Folder of the checkpoint.
             is_foreign: Whether it is one of another run.
+            same_stream: Whether this run reads the stream that the checkpoint's run read, as much of it in a step.
         """
         self._is_foreign = is_foreign
-        # The evaluation before the first step is in the record already.
-        changed = {"eval_on_start": False}
-        if (checkpoint / STREAM_FILE).is_file():
+        # The evaluation before a run's own first step is in its record already.
+        changed = {} if is_foreign else {"eval_on_start": False}
+        if same_stream and (checkpoint / STREAM_FILE).is_file():
             self.train_dataset.resume(json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")))
             changed["ignore_data_skip"] = True
             self._random_state_of = str(checkpoint)
         named = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
-        if is_foreign:
-            self.add_callback(_Recall(None))
-        elif named is not None:
-            self.add_callback(_Recall(on_first(lambda: best_checkpoint(named, self.args.output_dir))))
+        best = None if is_foreign else on_first(lambda: best_checkpoint(named, self.args.output_dir))
+        self.add_callback(_Recall(best, forget=best is None and (is_foreign or named is not None)))
         asked = {name: getattr(self.args, name) for name in changed}
         vars(self.args).update(changed)
         try:
@@ -295,16 +294,20 @@ class _Recall(TrainerCallback):
     """Correct what transformers takes from the record of a checkpoint: the best model so far, and how often to save.
 
     Args:
-        best: Where the best checkpoint lies now (transformers has forgotten one whose folder was moved), or None to
-            look for the best model anew.
+        best: Where the best checkpoint lies now; transformers has forgotten one whose folder was moved.
+        forget: Whether to look for the best model anew.
     """
 
-    def __init__(self, best: str | None) -> None:
+    def __init__(self, best: str | None, forget: bool) -> None:
         self._best = best
+        self._forget = forget
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Correct the record."""
         state.compute_steps(args, state.max_steps)
         state.best_model_checkpoint = self._best
-        if self._best is None:
+        if self._forget:
             state.best_metric = state.best_global_step = None
+        if args.eval_on_start:  # which follows, of the same step
+            history = state.log_history
+            state.log_history = [e for e in history if "eval_loss" not in e or e["step"] < state.global_step]
