@@ -130,7 +130,7 @@ class MemoryArguments:
             from misa.memory.answers import all_variants, has_budget
 
             if not any(map(has_budget, all_variants(self.variants))):
-                raise ValueError(f"{sizes[0]} is given; fit needs it for variants of MISA alone, for the largest budget")
+                raise ValueError(f"{sizes[0]} is given; fit needs it for the largest budget alone, of variants of MISA")
         if self.gradient_checkpointing and self.checkpoint_layers is not None:
             raise ValueError(
                 f"checkpoint_layers is {self.checkpoint_layers}, and gradient_checkpointing means all layers; give one "

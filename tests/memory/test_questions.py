@@ -198,6 +198,19 @@ def test_says_what_fits(small, capsys):
     assert 0 < budget["largest_budget"] <= 0.5
 
 
+def test_what_fits_is_asked_of_models_with_few_positions_too(write, monkeypatch, capsys):
+    """The default length is that of the largest budget alone."""
+    monkeypatch.setattr("misa.memory.fit._MAX_TOKENS", 256)
+    words = ["--model", write(max_position_embeddings=128), "--fit", "1GiB", "--variants"]
+    assert main([*words, "badam", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["batch_size"], found["seq_len"]) == (2, 128)
+    assert main([*words, "badam,misa-25"]) == 2
+    shown = capsys.readouterr()
+    assert "seq_len is 512" in shown.err
+    assert not shown.out
+
+
 def test_what_fits_is_said_to_be_at_least_where_the_search_ended(small, monkeypatch, capsys):
     monkeypatch.setattr("misa.memory.fit._MAX_TOKENS", 256)
     words = ["--model", small, "--fit", "60MiB", "--variants", "misa-25", "--checkpointing"]
@@ -274,7 +287,10 @@ def test_loss_given_stays_beside_a_memory_budget_also_the_default_one(small, cap
         (["--model", "7m", "--variants", "lora-r8"], "variants is given; it does nothing without compare or fit"),
         (["--model", "7m", "--output_dir", "."], "output_dir is given; it does nothing without compare or"),
         (["--model", "7m", "--compare", "--budget", "0.1"], "budget is given; compare and fit take the methods in"),
-        (["--model", "7m", "--fit", "1GiB", "--variants", "lora-r8", "--seq_len", "64"], "seq_len is given; fit needs it"),
+        (
+            ["--model", "7m", "--fit", "1GiB", "--variants", "lora-r8", "--seq_len", "64"],
+            "seq_len is given; fit needs it",
+        ),
         (["--model", "7m", "--fit", "1GiB", "--method", "lora"], "method is given; compare and fit take the methods"),
         (["--model", "7m", "--compare", "--output_dir", "/dev/null/x"], "output_dir is '/dev/null/x'; it must be a"),
         (["--seq_len", "8"], "give either --model, to simulate, or --model_name_or_path"),
