@@ -154,6 +154,16 @@ def test_stream_of_another_run_goes_on_only_where_it_is_the_same(
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
+def test_model_of_another_size_is_no_start(
+    pretrain_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain.main(pretrain_words("base", method="adamw", max_steps=1)) == 0
+    options = {"method": "adamw", "max_steps": 1, "continue_from": tmp_path / "base" / "model"}
+    assert pretrain.main(pretrain_words("large", **options, model_config="2m")) == 2
+    assert "a model with hidden_size 32; that of model_config is 128" in capsys.readouterr().err
+    assert pretrain.main(pretrain_words("same", **options)) == 0
+
+
 def test_best_model_is_one_of_this_run(finetune: Callable[..., int], tmp_path: Path) -> None:
     """Losses on other data say nothing about it; and it is evaluated and saved as often as asked for here."""
     rng = random.Random(0)
