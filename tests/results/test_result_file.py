@@ -131,7 +131,7 @@ def test_malformed_curves_are_named_by_line(tmp_path: Path) -> None:
         read_curves(path)
     for damaged in (b"\xff\xfe\x00", b"step,tokens,time_s,metric,value\n" + b"9" * 200_000):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="curves.csv: "):
+        with pytest.raises(ValueError, match=r"curves\.csv: "):
             read_curves(path)
 
 
