@@ -136,6 +136,24 @@ def require_causal(config: Any, name: str) -> None:
         raise ValueError(f"model {name} is of type {config.model_type}; it must be a causal language model")
 
 
+def require_size(found: Any, asked: Any, source: str, option: str) -> None:
+    """Check that a model that was found is of the size that is asked for; its vocabulary may be another.
+
+    Args:
+        found: Its configuration.
+        asked: A configuration of that size.
+        source: Where it is from, in the message.
+        option: What asks for the size, in the message.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    for name in _SIZES[1:]:
+        own, wanted = getattr(found, name, None), getattr(asked, name, None)
+        if own != wanted:
+            raise ValueError(f"{source}, a model with {name} {own}; that of {option} is {wanted}")
+
+
 def build_model(config: Any, seed: int, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
     """Make a model with random weights.
 

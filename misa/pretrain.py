@@ -116,7 +116,7 @@ def make_job(
     from misa.data.records import files_digest
     from misa.data.text import find_text
     from misa.data.tokens import default_folder
-    from misa.models import build_model, load_model, load_tokenizer, model_config, resolve_dtype
+    from misa.models import build_model, load_model, load_tokenizer, model_config, require_size, resolve_dtype
     from misa.training.identity import source_digest
     from misa.training.run import Job, Parts
 
@@ -185,10 +185,13 @@ def make_job(
 
         from transformers import default_data_collator
 
+        if (weights := run.model_source(None)) is None:
+            model = build_model(config, training.seed, settings["dtype"], loading.attn_implementation)
+        else:
+            model = load_model(weights, settings["dtype"], loading)
+            require_size(model.config, config, f"continue_from is {weights!r}", "model_config")
         return Parts(
-            model=load_model(weights, settings["dtype"], loading)
-            if (weights := run.model_source(None)) is not None
-            else build_model(config, training.seed, settings["dtype"], loading.attn_implementation),
+            model=model,
             tokenizer=tokenizer,
             train_dataset=train,
             eval_dataset=validation,

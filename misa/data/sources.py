@@ -129,6 +129,8 @@ def find_instructions(dataset_path: str, data_dir: str | None = None) -> Instruc
     Raises:
         ValueError: If nothing is there, or it is not clear which file is meant.
     """
+    if not dataset_path:
+        raise ValueError("dataset_path is empty; it must name a file, a folder or a data set")
     path = Path(dataset_path)
     if data_dir is not None:
         return _find_copy(dataset_path, Path(data_dir))

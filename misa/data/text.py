@@ -47,11 +47,14 @@ def find_text(dataset_path: str, config: str | None = None) -> TextSource:
     Args:
         dataset_path: A corpus folder (`train.*`, maybe `validation.*` and `tokenizer/`), any folder of .txt, .md,
             .jsonl, .json or .parquet files (the last three with the field text), one such file, "c4", or a hub id.
+            Parquet pieces as the hub keeps them (`data/train-00000-of-00001.parquet`) are read by split.
         config: Configuration of a data set of the hub.
 
     Raises:
         ValueError: If there is no text.
     """
+    if not dataset_path:  # as of a variable that is not set; it would be the folder that is worked in
+        raise ValueError("dataset_path is empty; it must name a file, a folder or a data set")
     path = Path(dataset_path)
     tokenizer = str(path / "tokenizer") if (path / "tokenizer").is_dir() else None
     if path.is_file():
@@ -60,6 +63,11 @@ def find_text(dataset_path: str, config: str | None = None) -> TextSource:
         train, validation = find_split(path, "train"), find_split(path, "validation")
         if train is not None:
             return TextSource(path.name, (train,), (validation,) if validation else (), tokenizer)
+        # As the hub keeps them; other splits are no training text.
+        pieces = tuple(sorted(path.glob("**/train-*.parquet")))
+        if pieces and len({piece.parent for piece in pieces}) == 1:
+            apart = tuple(sorted(pieces[0].parent.glob("validation-*.parquet")))
+            return TextSource(path.resolve().name, pieces, apart, tokenizer)
         files = tuple(
             file
             for file in sorted(path.rglob("*"), key=lambda file: file.as_posix())

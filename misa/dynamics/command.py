@@ -280,8 +280,8 @@ def find_snapshots(models: list[str]) -> list[Snapshot]:
     """Resolve what `--model` was given.
 
     A snapshot is called by the name before `=`, or by its folder; a folder called `model` by the run it lies in. A
-    folder called `snapshots` stands for all snapshots in it, which are called by the run and their step. Its
-    step is read from `trainer_state.json` in the folder, or from a folder name that ends in a number such as
+    folder called `snapshots` stands for all snapshots in it, which are called by the name or the run, and their
+    step. Its step is read from `trainer_state.json` in the folder, or from a folder name that ends in a number such as
     `checkpoint-50`, or, for the model of a finished run, from the run's last curve point.
 
     Args:
@@ -299,12 +299,13 @@ def find_snapshots(models: list[str]) -> list[Snapshot]:
         folder = Path(path if equals else word)
         if not folder.is_dir():
             raise ValueError(f"model {folder} is not a folder")
-        whole, run = folder.resolve(), folder.resolve().parent.name
+        whole, run = folder.resolve(), str(folder.parent)
+        label = name if equals else whole.parent.name
         if whole.name == "snapshots":
             steps = sorted((snapshot_step(inside), inside) for inside in folder.iterdir() if inside.is_dir())
-            snapshots += [Snapshot(f"{run}-{step}", str(inside), step, run) for step, inside in steps]
+            snapshots += [Snapshot(f"{label}-{step}", str(inside), step, run) for step, inside in steps]
             continue
-        own = run if whole.name == "model" else whole.name
+        own = label if whole.name == "model" else whole.name
         if equals and whole.name != "model":
             run = name
         elif whole.name != "model" and _NUMBERED.fullmatch(whole.name) is None:

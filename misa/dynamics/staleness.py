@@ -207,7 +207,7 @@ def follow(
                 if policy == "eta1" and k in (settings.interval // 2, settings.interval):
                     present = fresh(trained)
                     yield from _aged(
-                        *(name, now + k, policy, "round_start", k, start.scores, present),
+                        *(name, now + k if step >= 0 else step, policy, "round_start", k, start.scores, present),
                         *(settings.budget, settings.effective_share),
                     )
         optimizer.release()

@@ -221,9 +221,13 @@ def fit(base: Scenario, variants: Sequence[str], limit_bytes: int) -> list[dict[
         One dictionary for each form.
     """
     found = []
+    with_budget = any(map(has_budget, variants))
+    if with_budget:
+        base.check_length(configuration(base.model))
     for name in variants:
         variant = VARIANTS[name]
-        laboratory = Laboratory(_of(variant, base))
+        # Every batch that is tried has sizes of its own.
+        laboratory = Laboratory(replace(_of(variant, base), batch_size=1, seq_len=1))
         most = largest_batch(laboratory, limit_bytes)
         found.append({"variant": name, "label": variant.label, "draw": draw_measured(laboratory), **most})
         if most["num_tokens"]:
@@ -233,7 +237,7 @@ def fit(base: Scenario, variants: Sequence[str], limit_bytes: int) -> list[dict[
         else:
             print(f"{variant.label:26} none: {TOKEN_STEP} tokens take {in_gib(most['peak_bytes'])}", flush=True)
     _warn(found)
-    if any(map(has_budget, variants)):
+    if with_budget:
         budget = largest_budget(base, limit_bytes)
         at_least = budget == _BUDGETS[-1]
         found.append({"variant": "misa", "largest_budget": budget, "at_least": at_least})

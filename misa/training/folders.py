@@ -10,7 +10,7 @@ from typing import Any
 from misa.files import write_text
 from misa.results import CURVES_FILE, RESULT_FILE, Result, read_result
 from misa.training.checkpoints import RUN_FILE, checkpoints, fault, remove_checkpoints
-from misa.training.identity import differences
+from misa.training.identity import differences, have_one_stream
 
 MODEL_FOLDER = "model"
 SNAPSHOTS_FOLDER = "snapshots"
@@ -86,6 +86,12 @@ def check_rest(checkpoint: Path, trainer: Any) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} of a run with another model, method options or optimizer: {reason}") from error
+
+
+def has_stream_of(job: Any, checkpoint: Path) -> bool:
+    """Whether a run reads the same stream, as much of it in a step, as the run that left a checkpoint."""
+    mark = checkpoint.parent / RUN_FILE
+    return mark.is_file() and have_one_stream(json.loads(mark.read_text(encoding="utf-8")), job.config())
 
 
 def finished(job: Any, output: Path) -> Result | None:

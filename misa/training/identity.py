@@ -25,6 +25,12 @@ INCIDENTAL = frozenset(
     )
 )
 
+# Settings that decide what a step reads of a stream.
+_STREAM = (
+    *("data_digest", "streaming", "shuffle_buffer", "validation_share", "max_malformed", "seed", "data_seed"),
+    *("tokenizer_name_or_path", "max_length", "padding", "sequences_per_step"),
+)
+
 
 def matters(name: str) -> bool:
     """Say whether a setting can change the result of a run."""
@@ -59,6 +65,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
         new = {**new, "model_digest": None}
     names = sorted(name for name in old.keys() | new.keys() if matters(name) and _differ(old.get(name), new.get(name)))
     return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+
+
+def have_one_stream(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Say whether two runs, of which the first had a stream, read the same in each step."""
+    old, new = _with_batch_size(old), _with_batch_size(new)
+    return all(old.get(name) == new.get(name) for name in _STREAM)
 
 
 def _differ(old: Any, new: Any) -> bool:

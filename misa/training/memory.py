@@ -49,10 +49,17 @@ def plan_run(job: Any, config: Any) -> Plan:
         "attn_implementation": (config._attn_implementation == "eager", "attention that keeps its scores (eager)"),
         "probe_every": (given.get("probe_every"), "the pass that measures all blocks"),
         "state_policy": (given.get("state_policy") == "keep", "the states of blocks that went off (keep)"),
+        "label_smoothing_factor": (arguments.label_smoothing_factor, "the loss of smoothed labels"),
     }
     for name, (is_asked, what) in unforeseen.items():
         if is_asked:
             raise ValueError(f"memory_budget: cannot predict {what}; leave out {name}, or the budget")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and settings["max_length"] >= window and config._attn_implementation == "sdpa":
+        raise ValueError(
+            f"memory_budget: cannot predict the masks of attention in a window of {window} tokens; allowed is "
+            "max_length below that, another attn_implementation, or no budget"
+        )
     layers = memory.checkpoint_layers
     if layers is None:
         layers = ALL_LAYERS if arguments.gradient_checkpointing else 0
@@ -122,6 +129,10 @@ def apply_levers(job: Any, model: Any) -> Plan | None:
     loss = job.settings.get("loss") if chosen is None else chosen.scenario.loss
     lean = job.memory.lean_activations if chosen is None else chosen.scenario.lean_activations
     if loss == "chunked":
+        if job.training.label_smoothing_factor:
+            raise ValueError(
+                "loss is chunked, and label_smoothing_factor needs the logits of all tokens; use loss full"
+            )
         ChunkedLoss(model)
     if lean:
         LeanActivations(model)
@@ -216,11 +227,19 @@ class MemoryWatch(TrainerCallback, ExportableState):
         names = ("measured_bytes", "estimate_bytes", "draw", "layers")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take over what a checkpoint kept."""
-        held = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step > 0 else {}
-        for name, value in held.get("attributes", {}).items():
+    def restore(self, state: TrainerState) -> None:
+        """Take over what a checkpoint kept.
+
+        Args:
+            state: Trainer state read from the checkpoint.
+        """
+        for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
             setattr(self, name, value)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Go on where a checkpoint stood."""
+        if state.global_step > 0:
+            self.restore(state)
 
     def on_step_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any

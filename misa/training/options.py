@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -213,6 +214,9 @@ LEAST: dict[str, int] = {
     "max_grad_norm": 0,
     "eval_accumulation_steps": 1,
     "neftune_noise_alpha": 0,
+    "label_smoothing_factor": 0,
+    "logging_steps": 0,
+    "eval_steps": 0,
 }
 
 
@@ -230,12 +234,19 @@ def require_sense(fields: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {fields[name]}, allowed is {least} or more")
     if fields["max_steps"] != -1 and fields["max_steps"] < 1:
         raise ValueError(f"max_steps is {fields['max_steps']}, allowed is 1 or more, or -1 for num_train_epochs")
-    if fields["max_steps"] == -1 and not fields["num_train_epochs"] > 0:
+    if fields["max_steps"] == -1 and not 0 < fields["num_train_epochs"] < math.inf:
         raise ValueError(f"num_train_epochs is {fields['num_train_epochs']}, allowed is more than 0")
+    if fields["label_smoothing_factor"] > 1:
+        raise ValueError(f"label_smoothing_factor is {fields['label_smoothing_factor']}, allowed is 0 to 1")
     orders = ("group_by_length", "random", "sequential")
     if fields["train_sampling_strategy"] not in orders:
         raise ValueError(
             f"train_sampling_strategy is {fields['train_sampling_strategy']!r}, allowed is {', '.join(orders)}"
+        )
+    if fields["metric_for_best_model"] not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model is {fields['metric_for_best_model']!r}, allowed is loss, which alone is measured "
+            "while training"
         )
     if fields.get("resume_from_checkpoint"):
         raise ValueError(

@@ -264,7 +264,8 @@ def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:
             trainer._load_from_checkpoint(best or str(checkpoint))
             state.best_model_checkpoint = best
             trainer.state = state
-            meter.restore(state)
+            for kept in filter(None, (meter, trainer.watch)):
+                kept.restore(state)
             return
     is_foreign = checkpoint is None and job.run.is_checkpoint()
     if is_foreign:
@@ -273,7 +274,7 @@ def _train(job: Job, trainer: Any, meter: Any, checkpoint: Path | None) -> None:
         trainer.train()
     else:
         logger.info("continuing from %s", checkpoint)
-        trainer.continue_from(checkpoint, is_foreign)
+        trainer.continue_from(checkpoint, is_foreign, not is_foreign or folders.has_stream_of(job, checkpoint))
     if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt
 

@@ -41,6 +41,8 @@ class Trainer(transformers.Trainer):
     _staging: str | None = None
     # Whether the checkpoint to train on from is one of another run.
     _is_foreign = False
+    # The checkpoint whose random state is to be there when the first batches of a stream that goes on have been read.
+    _random_state_of: str | None = None
     # Losses of this step's passes that have not been looked at yet.
     _losses: list[Any]
 
@@ -100,6 +102,13 @@ class Trainer(transformers.Trainer):
             return f"{where}, pass {number + 1} of the step"
         return f"{where} (epoch {epoch + 1}), in the batch of training records {', '.join(map(str, records))}"
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the batches of a step; that a stream is opened anew, which draws a random number, changes no dropout."""
+        found = super().get_batch_samples(*args, **kwargs)
+        self._load_rng_state(self._random_state_of)
+        self._random_state_of = None
+        return found
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         strategy = self.args.train_sampling_strategy
@@ -135,7 +144,7 @@ class Trainer(transformers.Trainer):
             inputs = {**inputs, "attention_mask": labelled.flip(1).cumsum(1) > 0}
         super()._track_num_input_tokens(inputs)
 
-    def continue_from(self, checkpoint: Path, is_foreign: bool) -> None:
+    def continue_from(self, checkpoint: Path, is_foreign: bool, same_stream: bool) -> None:
         """Train on from a checkpoint.
 
         A streamed data set goes on reading where it stood; transformers would read everything before it again. From
@@ -144,18 +153,18 @@ class Trainer(transformers.Trainer):
         Args:
             checkpoint: Folder of the checkpoint.
             is_foreign: Whether it is one of another run.
+            same_stream: Whether this run reads the stream that the checkpoint's run read, as much of it in a step.
         """
         self._is_foreign = is_foreign
-        # The evaluation before the first step is in the record already.
-        changed = {"eval_on_start": False}
-        if (checkpoint / STREAM_FILE).is_file():
+        # The evaluation before a run's own first step is in its record already.
+        changed = {} if is_foreign else {"eval_on_start": False}
+        if same_stream and (checkpoint / STREAM_FILE).is_file():
             self.train_dataset.resume(json.loads((checkpoint / STREAM_FILE).read_text(encoding="utf-8")))
             changed["ignore_data_skip"] = True
+            self._random_state_of = str(checkpoint)
         named = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
-        if is_foreign:
-            self.add_callback(_Recall(None))
-        elif named is not None:
-            self.add_callback(_Recall(on_first(lambda: best_checkpoint(named, self.args.output_dir))))
+        best = None if is_foreign else on_first(lambda: best_checkpoint(named, self.args.output_dir))
+        self.add_callback(_Recall(best, forget=best is None and (is_foreign or named is not None)))
         asked = {name: getattr(self.args, name) for name in changed}
         vars(self.args).update(changed)
         try:
@@ -193,6 +202,12 @@ class Trainer(transformers.Trainer):
         if isinstance(schedule, LambdaLR):  # others go by the losses that they see
             last = self.state.global_step - 1
             self.lr_scheduler = LambdaLR(self.optimizer, schedule.lr_lambdas, last_epoch=last)
+
+    def _load_callback_state(self) -> None:
+        """Another run may have had no limit on its memory, and what it took is not what this one takes."""
+        if self._is_foreign and self.watch is not None:
+            self.state.stateful_callbacks[type(self.watch).__name__] = self.watch.state()
+        super()._load_callback_state()
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -242,8 +257,9 @@ class Schedule(TrainerCallback):
     """Make a run's record the same whether or not it was interrupted.
 
     A checkpoint in the middle of a logging interval would lose the losses since the last point of the curve, so
-    every checkpoint closes the interval, and so does an evaluation that may be followed by one. The last step is logged
-    and, if there is evaluation data, evaluated.
+    every checkpoint closes the interval, and so does an evaluation that may be followed by one. One of an epoch's last
+    step would lose the evaluation of the epoch, so that comes before it. The last step is logged and, if there is
+    evaluation data, evaluated.
 
     Args:
         evaluate_at_end: Whether to evaluate after the last step.
@@ -251,19 +267,23 @@ class Schedule(TrainerCallback):
 
     def __init__(self, evaluate_at_end: bool) -> None:
         self.evaluate_at_end = evaluate_at_end
+        self._evaluated = 0  # the last step that was evaluated before its epoch ended
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         """Ask for a log with every checkpoint, and for everything at the last step."""
         last = state.global_step >= state.max_steps
         if control.should_save or last or (control.should_evaluate and args.save_strategy == "best"):
             control.should_log = True
-        if last and self.evaluate_at_end:
+        ends_epoch = args.eval_strategy == "epoch" and state.epoch == int(state.epoch) >= args.eval_delay
+        if (last and self.evaluate_at_end) or (control.should_save and ends_epoch):
             control.should_evaluate = True
+        if control.should_evaluate:
+            self._evaluated = state.global_step
         return control
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """Ask for a log with every checkpoint; do not evaluate the last step again because an epoch ends with it."""
-        if state.global_step >= state.max_steps:
+        """Ask for a log with every checkpoint; evaluate no step again because an epoch ends with it."""
+        if state.global_step == self._evaluated:
             control.should_evaluate = False
         if control.should_save or (control.should_evaluate and args.save_strategy == "best"):
             control.should_log = True
@@ -274,16 +294,20 @@ class _Recall(TrainerCallback):
     """Correct what transformers takes from the record of a checkpoint: the best model so far, and how often to save.
 
     Args:
-        best: Where the best checkpoint lies now (transformers has forgotten one whose folder was moved), or None to
-            look for the best model anew.
+        best: Where the best checkpoint lies now; transformers has forgotten one whose folder was moved.
+        forget: Whether to look for the best model anew.
     """
 
-    def __init__(self, best: str | None) -> None:
+    def __init__(self, best: str | None, forget: bool) -> None:
         self._best = best
+        self._forget = forget
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Correct the record."""
         state.compute_steps(args, state.max_steps)
         state.best_model_checkpoint = self._best
-        if self._best is None:
+        if self._forget:
             state.best_metric = state.best_global_step = None
+        if args.eval_on_start:  # which follows, of the same step
+            history = state.log_history
+            state.log_history = [e for e in history if "eval_loss" not in e or e["step"] < state.global_step]

@@ -12,6 +12,7 @@ import torch
 
 from misa.data.packing import IGNORED
 from misa.data.records import write_records
+from misa.data.sources import find_instructions
 from misa.data.text import (
     PaddedDataset,
     encode_padded,
@@ -115,6 +116,23 @@ def test_folder_without_text_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         with pytest.raises(ValueError, match="is neither a folder nor a file, nor a hub id"):
             find_text(missing)
+
+
+def test_name_that_is_empty_is_refused() -> None:
+    """It would be the folder that is worked in."""
+    for find in (find_text, find_instructions):
+        with pytest.raises(ValueError, match="dataset_path is empty"):
+            find("")
+
+
+def test_pieces_of_the_hub_are_read_by_split(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        for number in range(2):
+            (tmp_path / "data" / f"{split}-0000{number}-of-00002.parquet").touch()
+    source = find_text(str(tmp_path))
+    for split, files in (("train", source.train), ("validation", source.validation)):
+        assert [file.name for file in files] == [f"{split}-0000{number}-of-00002.parquet" for number in range(2)]
 
 
 def test_c4_is_the_published_one() -> None:

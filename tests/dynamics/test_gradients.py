@@ -12,7 +12,7 @@ from torch import nn
 from misa.dynamics.batches import load_batches
 from misa.dynamics.command import find_snapshots, main, snapshot_step
 from misa.dynamics.gradients import block_gradients, layer_indices, matrix_name
-from misa.dynamics.staleness import between
+from misa.dynamics.staleness import FollowSettings, between, follow
 from misa.dynamics.variance import BlockGradients
 from misa.optimizer import partition
 
@@ -208,11 +208,29 @@ def test_snapshots_of_a_run_are_found_in_order_and_compared_with_its_end(tmp_pat
     (tmp_path / "run" / "model").mkdir()
     (tmp_path / "run" / "curves.csv").write_text("step,tokens,time_s,metric,value\n200,1,0.5,eval_loss,2.0\n")
     found = find_snapshots([str(tmp_path / "run" / "snapshots"), str(tmp_path / "run" / "model")])
+    run = str(tmp_path / "run")
     assert [(snapshot.name, snapshot.step, snapshot.run) for snapshot in found] == [
-        ("run-20", 20, "run"),
-        ("run-100", 100, "run"),
-        ("run", 200, "run"),
+        ("run-20", 20, run),
+        ("run-100", 100, run),
+        ("run", 200, run),
     ]
+
+
+def test_snapshots_of_runs_in_folders_of_one_name_are_told_apart_by_names(tmp_path):
+    for study in ("first", "second"):
+        (tmp_path / study / "run" / "snapshots" / "step-20").mkdir(parents=True)
+        (tmp_path / study / "run" / "model").mkdir()
+    words = [f"{name}={tmp_path / study / 'run'}" for name, study in (("a", "first"), ("b", "second"))]
+    found = find_snapshots([f"{words[0]}/snapshots", f"{words[1]}/snapshots", f"end={tmp_path}/first/run/model"])
+    assert [snapshot.name for snapshot in found] == ["a-20", "b-20", "end"]
+    assert found[0].run == found[2].run != found[1].run
+
+
+def test_rounds_from_an_unknown_step_have_none(problem):
+    model, blocks, batches = problem
+    settings = FollowSettings(2, 4, 0.5, 1e-3, 0.5, 0)
+    rows = list(follow(model, block_gradients(model, blocks, batches), batches, batches, settings, "x", -1))
+    assert {row["step"] for row in rows} == {-1}
 
 
 def test_scores_of_an_earlier_snapshot_are_judged_by_the_gradients_of_a_later_one():
@@ -261,7 +279,7 @@ def test_unrelated_models_in_one_folder_are_no_snapshots_of_one_run(tmp_path):
         [str(tmp_path / name) for name in ("one", "other", "run/checkpoint-10", "run/checkpoint-20")]
     )
     assert one.run != other.run
-    assert [(found.run, found.step) for found in checkpoints] == [("run", 10), ("run", 20)]
+    assert [(found.run, found.step) for found in checkpoints] == [(str(tmp_path / "run"), step) for step in (10, 20)]
 
 
 def test_tables_are_there_when_the_rounds_cannot_be_followed(snapshot, tmp_path, capsys):

@@ -206,6 +206,19 @@ def test_says_what_fits(small, capsys):
     assert 0 < budget["largest_budget"] <= 0.5
 
 
+def test_what_fits_is_asked_of_models_with_few_positions_too(write, monkeypatch, capsys):
+    """The default length is that of the largest budget alone."""
+    monkeypatch.setattr("misa.memory.fit._MAX_TOKENS", 256)
+    words = ["--model", write(max_position_embeddings=128), "--fit", "1GiB", "--variants"]
+    assert main([*words, "badam", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["batch_size"], found["seq_len"]) == (2, 128)
+    assert main([*words, "badam,misa-25"]) == 2
+    shown = capsys.readouterr()
+    assert "seq_len is 512" in shown.err
+    assert not shown.out
+
+
 def test_what_fits_is_said_to_be_at_least_where_the_search_ended(small, monkeypatch, capsys):
     monkeypatch.setattr("misa.memory.fit._MAX_TOKENS", 256)
     words = ["--model", small, "--fit", "60MiB", "--variants", "misa-25", "--checkpointing"]

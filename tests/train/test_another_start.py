@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from misa import pretrain
 from misa.data.records import write_records
+from misa.data.streaming import StreamedText
 from misa.results import read_curves, read_result
-from misa.training.checkpoints import checkpoints
+from misa.training.checkpoints import checkpoints, step_of
 from misa.training.trainer import Schedule
 
 from .conftest import Killed, outcome
@@ -95,6 +97,71 @@ def test_projections_of_another_rank_are_no_start(
     start = tmp_path / "base" / "checkpoints" / "checkpoint-3"
     assert finetune("rank", method="galore", galore_r=2, continue_from=start) == 2
     assert "the rank of projections was 4 and is 2" in capsys.readouterr().err
+
+
+def test_evaluation_before_the_first_step_is_that_of_this_run(finetune: Callable[..., int], tmp_path: Path) -> None:
+    options = {"budget": 0.2, "max_steps": 3}
+    assert finetune("base", "--keep_checkpoints", **options, validation_samples=2) == 0
+    options |= {"max_steps": 5, "continue_from": tmp_path / "base" / "checkpoints" / "checkpoint-3"}
+    assert finetune("run", "--eval_on_start", **options) == 0
+    before, after = (
+        [(p.step, p.value) for p in read_curves(tmp_path / name) if p.metric == "eval_loss"] for name in ("base", "run")
+    )
+    assert [step for step, _ in after] == [3, 4, 5]
+    assert after[0] != before[-1]  # of other records
+
+
+def test_run_goes_on_with_checkpoints_as_often_as_asked_for_now(
+    finetune: Callable[..., int], kill_at: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    options = {"budget": 0.2, "save_total_limit": 9}
+    kill_at(5)
+    with pytest.raises(Killed):
+        finetune("run", "--keep_checkpoints", **options, save_steps=3)
+    kill_at(None)
+    assert finetune("run", "--keep_checkpoints", **options, save_steps=1) == 0
+    steps = [step_of(checkpoint) for checkpoint in checkpoints(tmp_path / "run" / "checkpoints")]
+    assert steps == [3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"per_device_train_batch_size": 4}, {"shuffle_buffer": 8}, {"streaming": None}],
+    ids=lambda changed: "-".join(changed) or "same",
+)
+def test_stream_of_another_run_goes_on_only_where_it_is_the_same(
+    pretrain_words: Callable[..., list[str]],
+    kill_at: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changed: dict[str, Any],
+) -> None:
+    """Else as many steps of the run's own data are left out as the other one has made."""
+    options = {"streaming": True, "shuffle_buffer": 16, "method": "adamw", "save_steps": 4}
+    assert pretrain.main(pretrain_words("base", "--keep_checkpoints", **{**options, "max_steps": 4})) == 0
+    options |= {"continue_from": tmp_path / "base" / "checkpoints" / "checkpoint-4", **changed}
+    resumed: list[dict[str, Any]] = []
+    resume = StreamedText.resume
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamedText, "resume", lambda self, place: (resumed.append(place), resume(self, place))[1])
+        assert pretrain.main(pretrain_words("whole", **options)) == 0
+    assert bool(resumed) == (not changed)
+    kill_at(10)
+    with pytest.raises(Killed):
+        pretrain.main(pretrain_words("killed", **options))
+    kill_at(None)
+    assert pretrain.main(pretrain_words("killed", **options)) == 0
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_model_of_another_size_is_no_start(
+    pretrain_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain.main(pretrain_words("base", method="adamw", max_steps=1)) == 0
+    options = {"method": "adamw", "max_steps": 1, "continue_from": tmp_path / "base" / "model"}
+    assert pretrain.main(pretrain_words("large", **options, model_config="2m")) == 2
+    assert "a model with hidden_size 32; that of model_config is 128" in capsys.readouterr().err
+    assert pretrain.main(pretrain_words("same", **options)) == 0
 
 
 def test_best_model_is_one_of_this_run(finetune: Callable[..., int], tmp_path: Path) -> None:

@@ -237,6 +237,19 @@ def test_killed_stream_ends_as_if_it_had_not_been(
     assert pretrain.main(pretrain_words("killed", **options)) == 0
 
 
+def test_killed_stream_goes_on_with_the_same_dropout(
+    pretrain_words: Callable[..., list[str]], kill_at: Callable[[int | None], None], tmp_path: Path
+) -> None:
+    options = {**STREAM, "method": "lora", "lora_r": 4, "lora_dropout": 0.5}
+    assert pretrain.main(pretrain_words("whole", **options)) == 0
+    kill_at(6)
+    with pytest.raises(Killed):
+        pretrain.main(pretrain_words("killed", **options))
+    kill_at(None)
+    assert pretrain.main(pretrain_words("killed", **options)) == 0
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
 def test_stream_is_the_same_for_every_method_and_number_of_workers(
     pretrain_words: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from misa import pretrain
 from misa.memory.fit import measure_worst
 from misa.memory.scenario import Laboratory, Scenario
 from misa.models import load_tokenizer, model_config
 from misa.results import read_result
+from misa.training import run
 
 from .conftest import Killed
 
@@ -63,6 +64,41 @@ def test_run_stays_inside_its_memory_and_near_its_prediction_also_when_killed(
     assert read_result(tmp_path / "killed").peaks["predicted_bytes"] == peaks["predicted_bytes"]
 
 
+def test_kill_while_writing_the_model_loses_nothing_of_what_was_measured(
+    finetune: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = {"budget": 0.3, "max_steps": 3, "memory_budget": "1GiB"}
+    assert finetune("whole", **options) == 0
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "new_folder", killed)
+        with pytest.raises(Killed):
+            finetune("killed", **options)
+    assert finetune("killed", **options) == 0
+    whole, killed_peaks = (read_result(tmp_path / name).peaks for name in ("whole", "killed"))
+    for name in ("predicted_bytes", "measured_bytes"):
+        assert killed_peaks[name] == whole[name] > 0
+
+
+def test_start_from_a_checkpoint_of_another_run_measures_its_own_memory(
+    finetune: Callable[..., int], tmp_path: Path
+) -> None:
+    options = {"budget": 0.3, "max_steps": 3}
+    assert finetune("plain", "--keep_checkpoints", **options) == 0
+    large = {"memory_budget": "1GiB", "per_device_train_batch_size": 16}
+    assert finetune("large", "--keep_checkpoints", **options, **large) == 0
+    options |= {"max_steps": 6, "memory_budget": "1GiB"}
+    for name in ("plain", "large"):
+        start = tmp_path / name / "checkpoints" / "checkpoint-3"
+        assert finetune(f"{name}-on", continue_from=start, **options) == 0
+    peaks = {name: read_result(tmp_path / name).peaks["measured_bytes"] for name in ("large", "plain-on", "large-on")}
+    assert peaks["plain-on"] < peaks["large"]
+    assert peaks["large-on"] < peaks["large"]
+
+
 def test_padded_batches_take_what_is_predicted_and_train_the_same(
     pretrain_words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -106,6 +142,7 @@ def test_levers_alone_change_no_number(finetune: Callable[..., int], tmp_path: P
         ({"memory_budget": "1GiB", "attn_implementation": "eager"}, (), "attention that keeps its scores (eager)"),
         ({"memory_budget": "1GiB", "probe_every": 1}, (), "cannot predict the pass that measures all blocks"),
         ({"memory_budget": "1GiB", "state_policy": "keep"}, (), "cannot predict the states of blocks that went off"),
+        ({"memory_budget": "1GiB", "label_smoothing_factor": 0.1}, (), "cannot predict the loss of smoothed labels"),
         ({"memory_budget": "1GiB", "max_length": 4096}, (), "seq_len is 4096; model allows at most 2048"),
         ({"checkpoint_layers": -1}, (), "checkpoint_layers is -1, allowed is 0 or more"),
         (
@@ -126,6 +163,21 @@ def test_what_cannot_be_is_refused(
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_masks_of_a_window_are_refused(
+    pretrain_words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They, and the keys and values repeated for them, are kept beside what is predicted."""
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = tmp_path / "window.json"
+    words = {**WORDS, "model_config": config, "memory_budget": "1GiB"}
+    config.write_text(MistralConfig(num_key_value_heads=1, sliding_window=256, **sizes).to_json_string())
+    assert pretrain.main(pretrain_words("long", **words)) == 2
+    assert "cannot predict the masks of attention in a window of 256 tokens" in capsys.readouterr().err
+    assert pretrain.main(pretrain_words("short", **words | {"max_length": 255})) == 0
+    peaks = read_result(tmp_path / "short").peaks
+    assert peaks["measured_bytes"] == pytest.approx(peaks["predicted_bytes"], rel=0.03)
 
 
 def test_draws_that_do_with_fewer_layers_stay_inside_the_budget_too():

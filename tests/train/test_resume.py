@@ -28,6 +28,9 @@ METHODS = {
     # Ten steps in two epochs of five.
     "epochs": {"method": "adamw", "max_steps": -1, "num_train_epochs": 2}
     | {"save_strategy": "epoch", "eval_strategy": "epoch", "save_steps": None, "eval_steps": None},
+    # A checkpoint of the step that an evaluation of its epoch follows.
+    "epoch-and-steps": {"method": "lora", "lora_r": 4, "lora_dropout": 0.2}
+    | {"save_steps": 5, "eval_strategy": "epoch", "eval_steps": None},
 }
 
 
