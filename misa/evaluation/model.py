@@ -265,6 +265,8 @@ def _load(folder: ModelFolder, dtype: str) -> tuple[Any, Any, list[str]]:
     source, of_file = folder.source
     model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **of_file)
     missing = sorted(found["missing_keys"])
+    # The task says how long an answer may be; what a model brings would count instead.
+    model.generation_config.max_new_tokens = None
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(SHARED_ATTENTION)
     if folder.is_adapter:

@@ -86,6 +86,18 @@ def test_model_without_attention_answers_at_the_default_batch_size(known, words,
     assert read_result(tmp_path / "out").metrics["misa_family/num_documents"] == 6
 
 
+def test_answer_is_as_long_as_the_task_allows_whatever_the_model_brings(known, words, tmp_path: Path) -> None:
+    folder = shutil.copytree(known.untrained, tmp_path / "talkative")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_new_tokens": 40}))
+    found = []
+    for name, model in (("plain", known.untrained), ("talkative", folder)):
+        assert evaluate.main(words(model_name_or_path=model, output_dir=tmp_path / "out" / name, limit=2)) == 0
+        samples = json.loads((tmp_path / "out" / name / "lm_eval.json").read_text())["samples"]["misa_family"]
+        found.append([sample["resps"] for sample in samples])
+    assert found[0] == found[1]
+
+
 def test_adapter_is_scored_over_its_base(known, words, tmp_path: Path) -> None:
     """An adapter that does nothing scores like its base, one that disturbs it does not; a moved pair is found."""
     import torch
