@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0, or 1 if a bar is missed.
+        Exit status: 0; 1 if a bar is missed; 2 if something asked for is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distributed",
@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", default="benchmarks/results", help="folder for distributed.json and .md")
     options = parser.parse_args(argv)
     command = ["python", "-m", "benchmarks.distributed", *(sys.argv[1:] if argv is None else argv)]
-    report = run(options, command)
+    try:
+        report = run(options, command)
+    except ValueError as error:
+        print(f"benchmarks.distributed: error: {error}", file=sys.stderr)
+        return 2
     print(table(report))
     return 0 if all(bar["met"] for bar in report["bars"]) else 1
 
@@ -86,9 +90,19 @@ def run(options: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
         What `distributed.json` holds.
     """
     from misa.files import write_text
+    from misa.models import model_config
     from misa.results import provenance
 
-    budgets = [float(word) for word in options.budgets.split(",")]
+    try:
+        budgets = [float(word) for word in options.budgets.split(",")]
+    except ValueError:
+        budgets = []
+    if not budgets or not all(0 < budget <= 1 for budget in budgets):
+        raise ValueError(f"budgets is {options.budgets!r}, allowed are numbers above 0 and up to 1, comma separated")
+    model_config(options.model)
+    for name in ("num_processes", "interval", "num_rounds"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}, allowed is 1 or more")
     contestants: list[tuple[str, float]] = [("AdamW, DDP", 1.0), ("AdamW, FSDP2", 1.0)]
     for budget in budgets:
         names = ("MISA, DDP with find_unused", "MISA", "MISA, state shared out", "MISA, FSDP2")

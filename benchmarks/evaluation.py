@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0; 1 if an answer differs.
+        Exit status: 0; 1 if an answer differs; 2 if something asked for is wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.splitlines()[0])
     parser.add_argument("--model_name_or_path", required=True, help="folder of a causal LM")
@@ -38,7 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", help="dtype of the weights (%(default)s)")
     parser.add_argument("--output_dir", default="benchmarks/results", help="folder for evaluation.json and .md")
     options = parser.parse_args(argv)
-    result = measure(options)
+    try:
+        for name in ("num_documents", "batch_size", "max_new_tokens"):
+            if getattr(options, name) < 1:
+                raise ValueError(f"{name} is {getattr(options, name)}, allowed is 1 or more")
+        result = measure(options)
+    except ValueError as error:
+        print(f"benchmarks.evaluation: error: {error}", file=sys.stderr)
+        return 2
     write_text(Path(options.output_dir) / "evaluation.json", json.dumps(result, indent=2) + "\n")
     write_text(Path(options.output_dir) / "evaluation.md", table(result))
     print(table(result))

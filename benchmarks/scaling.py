@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program name; None takes them from the process.
 
     Returns:
-        Exit status: 0, or 2 if the measured bytes are missing.
+        Exit status: 0, or 2 if the measured bytes, or those of this budget, are missing.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.scaling",
@@ -59,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     from misa.files import write_text
 
-    write_text(options.output, page(options))
+    try:
+        write_text(options.output, page(options))
+    except ValueError as error:
+        print(f"benchmarks.scaling: error: {error}", file=sys.stderr)
+        return 2
     print(options.output)
     return 0
 
@@ -102,7 +106,8 @@ def measured_shares(report: dict[str, Any], budget: float) -> dict[str, Sent]:
             again = (weights - 1) * size.total / size.layers if "FSDP2" in row["contestant"] else 0.0
             found[row["contestant"]] = Sent(row["gradient_bytes_per_step"] / full, min(weights, 1.0), again)
     if "MISA" not in found:
-        raise ValueError(f"budget is {budget}, measured are {sorted({row['budget'] for row in report['rows']})}")
+        budgets = {row["budget"] for row in report["rows"] if row["contestant"].startswith("MISA")}
+        raise ValueError(f"budget is {budget}, measured are {', '.join(map(str, sorted(budgets)))}")
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import random
 import statistics
 import sys
@@ -317,10 +318,15 @@ def table(report: dict[str, Any]) -> str:
     device = f"{machine['num_cores']} cores of {machine['processor']}"
     if report["settings"]["device"] == "cuda":
         device = f"one {machine['gpu']} beside {device}"
+    measured = {(row["model"], row["dtype"], row["seq_len"]) for row in report["cells"]}
+    num_asked = math.prod(len(report["settings"][name]) for name in ("models", "dtypes", "seq_lens"))
+    # A run that was cut off leaves a table, too.
+    missing = f"Not finished: {len(measured)} of {num_asked} combinations of model, dtype and length were measured."
     lines += [
         f"`{' '.join(report['provenance']['command'])}` on {device};",
         f"torch {report['provenance']['versions']['torch']}.",
         *report["notes"],
+        *([missing] if len(measured) < num_asked else []),
         "",
     ]
     heads = ("model", "dtype", "length", "method", "tokens/s", "step (ms)", *(f"{phase} (ms)" for phase in PHASES))

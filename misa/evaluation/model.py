@@ -24,7 +24,7 @@ ROLLING_DOCUMENTS = 256
 # More documents at a time than this hardly go faster.
 MOST_DOCUMENTS = {"cpu": 64, "cuda": 256}
 
-# Batch size where nothing is generated and none is asked for.
+# The same where nothing is generated.
 SCORED_DOCUMENTS = 32
 
 
@@ -89,8 +89,21 @@ class Model(HFLM):
         if self.auto_batch_size and requests:
             longest = max(len(self.tok_encode(request.args[0])) for request in requests)
             beams = max(setting.get("num_beams", 1) for setting in settings)
-            self.batch_size_per_gpu = documents_that_fit(self.model, (longest + num_new) * beams, self.device)
+            size = cache_bytes(self.model, (longest + num_new) * beams)
+            self.batch_size_per_gpu = documents_that_fit(size, self.device, MOST_DOCUMENTS.get(self.device.type, 32))
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: Any = None
+    ) -> list[tuple[float, bool]]:
+        if self.auto_batch_size and requests:
+            longest = max(len(context) + len(continuation) for _, context, continuation in requests)
+            # Logits of all tokens as the model gives them, widened to fp32, and their logarithms.
+            num_logits = min(longest, self.max_length) * self.model.config.get_text_config().vocab_size
+            size = num_logits * (self.model.dtype.itemsize + 8)
+            self.batch_size_per_gpu = documents_that_fit(size, self.device, SCORED_DOCUMENTS)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        return found
 
     @cached_property
     def _closes_texts(self) -> bool:
@@ -167,21 +180,32 @@ def require_room(task: str, num_new: int, max_length: int) -> None:
         )
 
 
-def documents_that_fit(model: Any, num_tokens: int, device: Any) -> int:
-    """Return how many documents to generate for at a time: what half of the free memory holds, within a bound.
+def cache_bytes(model: Any, num_tokens: int) -> int:
+    """Return the bytes of keys and values of some tokens, 0 for a model that keeps none, such as Mamba.
 
     Args:
         model: A transformers model.
-        num_tokens: Tokens whose keys and values one document needs at most, over all its beams.
-        device: Where the model computes.
+        num_tokens: Number of tokens, those of all beams together.
     """
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_of_document = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * num_tokens
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    return max(1, min(MOST_DOCUMENTS.get(device.type, 32), free // 2 // bytes_of_document))
+    all_heads = getattr(config, "num_attention_heads", 0)
+    if not all_heads:
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // all_heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize * num_tokens)
+
+
+def documents_that_fit(bytes_of_document: int, device: Any, most: int) -> int:
+    """Return how many documents to take at a time: what half of the free memory holds, within a bound.
+
+    Args:
+        bytes_of_document: What one document needs at most.
+        device: Where the model computes.
+        most: The bound.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, min(most, free // 2 // max(1, bytes_of_document)))
 
 
 def load_model(
@@ -241,6 +265,8 @@ def _load(folder: ModelFolder, dtype: str) -> tuple[Any, Any, list[str]]:
     source, of_file = folder.source
     model, found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **of_file)
     missing = sorted(found["missing_keys"])
+    # The task says how long an answer may be; what a model brings would count instead.
+    model.generation_config.max_new_tokens = None
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(SHARED_ATTENTION)
     if folder.is_adapter:

@@ -78,10 +78,9 @@ def published_table(tables_dir: str | Path) -> tuple[list[str], list[list[str]]]
     rows = []
     for row in published().to_dict("records"):
         ours = ""
-        for (model, setting, method), peak in memory.items():
-            # The published setting names the card, too, which has no part in the bytes of tensors.
-            if (row["metric"], row["model"], row["method"]) == ("memory", model, method):
-                ours = peak if row["setting"].endswith(setting) else ""
+        if row["metric"] == "memory":
+            # The published setting names the card first, which has no part in the bytes of tensors.
+            ours = memory.get((row["model"], row["setting"].partition(", ")[2], row["method"]), "")
         for (method, model, task), value in scores.items():
             if (method, task) == (row["method"], row["task"]) and same_model(model, row["model"]):
                 ours = f"{value * (100 if row['unit'] == '%' else 1):.4g}"
@@ -125,8 +124,9 @@ def _measured_scores(folder: Path) -> dict[tuple[str, str, str], float]:
     if not all(file.is_file() for file in files):
         return {}
     scores, runs = (read_tidy(folder, name) for name in ("scores", "runs"))
-    # The last row of a run is its training, which knows the text it was trained on.
-    about = runs.drop_duplicates("run", keep="last").set_index("run")[["model", "data"]].astype(str).T.to_dict()
+    # Its training, if it has any, knows the text that a run was trained on, and stands first in any order of rows.
+    runs = runs.sort_values("kind", key=lambda kind: kind == "evaluate", kind="stable")
+    about = runs.drop_duplicates("run").set_index("run")[["model", "data"]].astype(str).T.to_dict()
     found: dict[tuple[str, str, str], list[float]] = {}
     for row in scores.to_dict("records"):
         model, data = about.get(row["run"], {"model": "", "data": ""}).values()

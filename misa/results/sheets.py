@@ -19,7 +19,7 @@ def read_sheet(sheet: str | Path) -> list[tuple[int, dict[str, str]]]:
         raise ValueError(f"sheet {sheet} does not exist")
     columns: list[str] = []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines()):
         if not line.strip() or line.startswith("#"):
             continue
         cells = line.split("\t")
@@ -28,7 +28,7 @@ def read_sheet(sheet: str | Path) -> list[tuple[int, dict[str, str]]]:
             continue
         if len(cells) != len(columns):
             raise ValueError(f"sheet {sheet}, line {number + 1}: {len(cells)} cells, and {len(columns)} columns")
-        row = dict(zip(columns, cells, strict=True))
+        row = dict(zip(columns, map(str.strip, cells), strict=True))
         if not {"run", "kind", "args"} <= row.keys():
             raise ValueError(f"sheet {sheet} lacks one of the columns run, kind, args")
         rows.append((number, row))

@@ -144,7 +144,8 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     changed = []
     for number, row in rows:
-        words = shlex.split(row["args"])
+        # An option and its value may be joined by an equals sign.
+        words = [part for word in shlex.split(row["args"]) for part in word.split("=", int(word.startswith("--")))]
         method = words[words.index("--method") + 1] if "--method" in words else ""
         trained = Trained(row.get("data") or BUILT_IN.get(row["kind"], ""), method)
         if row["kind"] != kind or trained not in chosen:
@@ -152,10 +153,10 @@ def apply_rates(sheet: str | Path, settings: pd.DataFrame) -> list[str]:
         where = f"sheet {sheet}, run {row['run']}"
         if _given(words, where) == chosen[trained]:
             continue
-        others = re.sub(r" ?--(learning_rate|always_on_lr) \S+", "", row["args"])
+        others = re.sub(r" ?--(learning_rate|always_on_lr)[ =]\S+", "", row["args"])
         rate, always_on = chosen[trained]
         words_now = f"--learning_rate {rate:g}" + ("" if always_on is None else f" --always_on_lr {always_on:g}")
-        row["args"] = re.sub(r"--method \S+", rf"\g<0> {words_now}", others, count=1)
+        row["args"] = re.sub(r"--method[ =]\S+", rf"\g<0> {words_now}", others, count=1)
         lines[number] = "\t".join(row.values())
         changed.append(row["run"])
     write_text(path, "\n".join(lines) + "\n")

@@ -7,6 +7,7 @@ import math
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +44,58 @@ def test_batch_size_changes_no_response(words, tmp_path: Path) -> None:
         samples = json.loads((out / "lm_eval.json").read_text())["samples"]["misa_family"]
         responses[batch_size] = [sample["resps"] for sample in samples]
     assert responses[1] == responses[6]
+
+
+def test_auto_scores_as_many_texts_at_a_time_as_the_memory_holds_logits_of(
+    known, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of long texts and a large vocabulary are larger than the model by far."""
+    import psutil
+
+    from misa.evaluation.model import SCORED_DOCUMENTS, Model
+
+    shapes = []
+    call = Model._model_call
+    monkeypatch.setattr(Model, "_model_call", lambda self, ids: shapes.append(ids.shape) or call(self, ids))
+    texts = [f"{number} is a text of its own. " * 5 for number in range(40)]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = {}
+    for available in (10**10, 10**7):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
+        shapes.clear()
+        out = tmp_path / str(available)
+        assert evaluate.main(words(tasks="perplexity", data_dir=tmp_path, batch_size="auto", output_dir=out)) == 0
+        found[available] = read_result(out).metrics["perplexity/loss"]
+        most = max(num_texts for num_texts, _ in shapes)
+        vocab_size = json.loads((known.model / "config.json").read_text())["vocab_size"]
+        # In fp32, and their logarithms.
+        assert all(2 * 4 * num_texts * length * vocab_size < available / 2 for num_texts, length in shapes)
+        assert most == SCORED_DOCUMENTS if available == 10**10 else 1 < most < SCORED_DOCUMENTS
+    assert found[10**7] == pytest.approx(found[10**10], rel=1e-5)
+
+
+def test_model_without_attention_answers_at_the_default_batch_size(known, words, tmp_path: Path) -> None:
+    """It has no keys and values whose bytes could be counted."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    folder = shutil.copytree(known.model, tmp_path / "mamba")
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {name: config[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **sizes)).save_pretrained(folder)
+    assert evaluate.main(words(model_name_or_path=folder, batch_size="auto")) == 0
+    assert read_result(tmp_path / "out").metrics["misa_family/num_documents"] == 6
+
+
+def test_answer_is_as_long_as_the_task_allows_whatever_the_model_brings(known, words, tmp_path: Path) -> None:
+    folder = shutil.copytree(known.untrained, tmp_path / "talkative")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_new_tokens": 40}))
+    found = []
+    for name, model in (("plain", known.untrained), ("talkative", folder)):
+        assert evaluate.main(words(model_name_or_path=model, output_dir=tmp_path / "out" / name, limit=2)) == 0
+        samples = json.loads((tmp_path / "out" / name / "lm_eval.json").read_text())["samples"]["misa_family"]
+        found.append([sample["resps"] for sample in samples])
+    assert found[0] == found[1]
 
 
 def test_adapter_is_scored_over_its_base(known, words, tmp_path: Path) -> None:
@@ -101,6 +154,16 @@ def test_perplexity_is_that_of_the_model(known, words, tmp_path: Path, max_lengt
     assert metrics["perplexity/perplexity"] == pytest.approx(math.exp(total / num_tokens), rel=1e-3)
     assert metrics["perplexity/bits_per_byte"] == pytest.approx(total / num_bytes / math.log(2), rel=1e-4)
     assert metrics["perplexity/bits_per_byte_stderr"] > 0
+
+
+def test_text_that_looks_like_a_list_is_scored_as_it_stands(words, tmp_path: Path) -> None:
+    texts = ["A text.", "[1, 2]", '["a"]', "[]", "{{text}}"]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert evaluate.main(words(tasks="perplexity", data_dir=tmp_path)) == 0
+    metrics = read_result(tmp_path / "out").metrics
+    assert metrics["perplexity/num_bytes"] == sum(map(len, texts))
+    samples = json.loads((tmp_path / "out" / "lm_eval.json").read_text())["samples"]["perplexity"]
+    assert [sample["arguments"] for sample in samples] == [[[text]] for text in texts]
 
 
 def test_finished_task_is_not_run_again(known, words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

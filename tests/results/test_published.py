@@ -76,6 +76,9 @@ def test_memory_is_compared_at_the_published_setting_alone(tmp_path) -> None:
         ("BAdam", "llama3-8b", 2, 728, True, "weights", 16_000_000_000, "peak"),
         ("BAdam", "llama3-8b", 2, 728, True, "optimizer", 2_000_000_000, "peak"),
         ("BAdam", "llama3-8b", 1, 728, True, "weights", 1, "peak"),
+        ("BAdam", "llama3-8b", 4, 728, True, "weights", 1, "peak"),
+        # Published is a step with checkpointing.
+        ("LoRA r8, fp32 adapters", "llama3-8b", 2, 728, False, "weights", 1, "peak"),
     ]
     (tmp_path / MEMORY_FILE).parent.mkdir()
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / MEMORY_FILE, index=False)
@@ -84,6 +87,20 @@ def test_memory_is_compared_at_the_published_setting_alone(tmp_path) -> None:
     (tmp_path / MEMORY_FILE).write_text("")
     with pytest.raises(ValueError, match=r"memory_compare\.csv is empty"):
         published_table(tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [("evaluate", "pretrain"), ("pretrain", "evaluate")])
+def test_pretraining_is_told_by_its_text_in_any_order_of_rows(kinds: tuple[str, ...], tmp_path) -> None:
+    """`collect --add` puts the rows of an evaluation behind those of the training."""
+    data = {"pretrain": "c4", "evaluate": "corpus"}
+    runs = pd.DataFrame([("a", kind, "adamw", 0, "60m", data[kind]) for kind in kinds])
+    runs.columns = ["run", "kind", "method", "seed", "model", "data"]
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    scores = pd.DataFrame([("a", "adamw", 0, "perplexity", "perplexity", 35.0, None, 100)])
+    scores.columns = ["run", "method", "seed", "task", "metric", "value", "stderr", "num_documents"]
+    scores.to_csv(tmp_path / "scores.csv", index=False)
+    _, table = published_table(tmp_path)
+    assert [(row[1], row[4], row[-1]) for row in table if row[-1]] == [("60m", "Adam", "35")]
 
 
 def test_pages_show_tables_and_where_runs_come_from(repository, tmp_path) -> None:

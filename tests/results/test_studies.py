@@ -77,27 +77,29 @@ def test_table_shows_the_grid_and_what_was_chosen(table: Path, tmp_path: Path) -
 def test_chosen_rates_go_into_a_sheet(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sheet = tmp_path / "sheet.tsv"
     sheet.write_text(
-        "# one line for each run\n"
+        "\ufeff# one line for each run, by a program that marks its text\n"
         "run\tkind\targs\n"
         "a\tpretrain\t--method adamw --seed 0\n"
         "\n"
         "b\tpretrain\t--method misa --learning_rate 1e-5 --seed 0\n"
         "c\tpretrain\t--method badam --seed 0\n"
         "d\tfinetune\t--method misa --seed 0\n"
-        "e\tpretrain\t--method adamw --learning_rate 2e-3\n"
+        "e\tpretrain \t--method adamw --learning_rate 2e-3\n"
+        "f\tpretrain \t--method=misa --learning_rate=1e-5\n"
     )
     words = ["learning_rates", "--table", str(table), "--output_dir", str(tmp_path), "--sheets", str(sheet)]
     assert main(words) == 0
-    assert f"{sheet}: a, b" in capsys.readouterr().out
+    assert f"{sheet}: a, b, f" in capsys.readouterr().out
     assert sheet.read_text() == (
-        "# one line for each run\n"
+        "\ufeff# one line for each run, by a program that marks its text\n"
         "run\tkind\targs\n"
         "a\tpretrain\t--method adamw --learning_rate 0.002 --seed 0\n"
         "\n"
         "b\tpretrain\t--method misa --learning_rate 0.004 --seed 0\n"
         "c\tpretrain\t--method badam --seed 0\n"
         "d\tfinetune\t--method misa --seed 0\n"
-        "e\tpretrain\t--method adamw --learning_rate 2e-3\n"
+        "e\tpretrain \t--method adamw --learning_rate 2e-3\n"
+        "f\tpretrain\t--method=misa --learning_rate 0.004\n"
     )
     assert main(words) == 0
     assert "no row changed" in capsys.readouterr().out

@@ -1,14 +1,23 @@
 # Figures and the score table, from the cached tables or from fresh ones. Nothing here trains. The code that draws and lays
 # out is among the inputs, since all this takes seconds.
-CODE = Path(workflow.basedir, "misa")
-PUBLISHED = CODE / "results" / "published.csv"
+PACKAGE = Path(workflow.basedir, "misa")
+CODE = sorted(
+    [
+        *PACKAGE.glob("figures/*.py"),
+        *PACKAGE.glob("results/*.*"),
+        PACKAGE / "dynamics" / "rate.py",
+    ]
+)
+# Scores and peaks that were measured beside the study, for the table of published numbers.
+MEASURED = sorted(
+    [*Path(TABLES).glob("benchmarks/*.csv"), *Path(TABLES).glob("published/*.csv")]
+)
 
 
 rule figure:
     input:
         table=lambda wildcards: table_of(wildcards.figure),
-        module=lambda wildcards: CODE / "figures" / f"{wildcards.figure}.py",
-        style=CODE / "figures" / "style.py",
+        code=CODE,
     output:
         pdf=f"{FIGURES}/{{figure}}.pdf",
         png=report(
@@ -37,8 +46,8 @@ rule score_tables:
         runs=f"{TABLES}/runs.csv",
         settings=f"{TABLES}/settings.csv",
         memory=f"{GRID}/memory_grid.csv" if GRID else [],
-        published=PUBLISHED,
-        code=CODE / "results" / "tables.py",
+        measured=MEASURED,
+        code=CODE,
     output:
         scores=f"{SCORES}/scores.md",
         others=expand(
@@ -66,6 +75,7 @@ rule score_tables:
 rule study_table:
     input:
         table=lambda wildcards: settings_of(wildcards.table),
+        code=CODE,
     output:
         markdown=f"{SCORES}/{{table}}.md",
         latex=f"{SCORES}/{{table}}.tex",
@@ -100,8 +110,8 @@ rule report_pages:
         # Of the studies of one question, which the report shows, too.
         manifests=sorted(Path(TABLES).glob("*/MANIFEST.json")) if CACHED else [],
         memory=([f"{GRID}/memory_grid.csv", f"{GRID}/memory_grid.json"] if GRID else []),
-        published=PUBLISHED,
-        code=[CODE / "results" / "tables.py", CODE / "results" / "pages.py"],
+        measured=MEASURED,
+        code=CODE,
     output:
         overview=report(
             f"{PAGES}/overview.html",
@@ -159,7 +169,8 @@ if CACHED:
     rule benchmark_tables:
         input:
             scores=f"{TABLES}/benchmarks/scores.csv",
-            published=PUBLISHED,
+            measured=MEASURED,
+            code=CODE,
         output:
             table=f"{SCORES}/benchmarks.md",
             latex=f"{SCORES}/benchmarks.tex",
@@ -181,6 +192,7 @@ if CACHED:
             configs=sorted(Path(workflow.basedir, "workflows", "config").glob("*.*")),
             runs=sorted(Path(TABLES).rglob("runs.csv")),
             times=f"{TABLES}/timings.json",
+            code=CODE,
         output:
             table=f"{SCORES}/scales.md",
             latex=f"{SCORES}/scales.tex",
