@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from misa.results import read_curves
 from misa.training.checkpoints import STAGING_FOLDER
 
 from .conftest import outcome
@@ -113,6 +115,20 @@ def step_reached(log: Path) -> int:
     return int(lines[-1].split()[1].partition("/")[0]) if lines else 0
 
 
+def kill(server: Server, process: int, folder: Path, log: Path, step: int, delay_s: float) -> bool:
+    """Kill a run some time after one of its steps; False if it had ended."""
+    deadline = time.monotonic() + 120
+    while step_reached(log) < step and not (folder / "result.json").exists():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.002)
+    time.sleep(delay_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    status = server.wait()
+    assert status in (0, -signal.SIGKILL), log.read_text()
+    return status != 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_kills_change_nothing(
     server: Server, pretrain_words: Callable[..., list[str]], tmp_path: Path, method: str
@@ -121,25 +137,20 @@ def test_twenty_kills_change_nothing(
     log = tmp_path / "log.txt"
     server.start(pretrain_words("whole", **options), log)
     assert server.wait() == 0, log.read_text()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    step_s = max(point.time_s for point in read_curves(whole)) / NUM_STEPS
     rng = random.Random(method)
-    # Each kill waits for a step of the run and then for a random part of a step and save. The last ten steps are left
-    # out, so that no run ends before its kill; kills while results are written are tested in `test_resume`.
-    moments = [(step, rng.uniform(0.0, 0.06)) for step in sorted(rng.choices(range(NUM_STEPS - 10), k=NUM_KILLS))]
-    num_kills, caught_saving = 0, 0
+    # Each kill waits for a step of the run and then for a random part of a few steps and saves. The last ten steps are
+    # left out, so that hardly a run ends before its kill; kills while results are written are tested in `test_resume`.
+    moments = sorted((step, rng.uniform(0.0, 5 * step_s)) for step in rng.choices(range(NUM_STEPS - 10), k=NUM_KILLS))
+    caught_saving = 0
     for step, delay_s in moments:
-        process = server.start(pretrain_words("killed", **options), log)
-        deadline = time.monotonic() + 120
-        while step_reached(log) < step:
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.002)
-        time.sleep(delay_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-        num_kills += server.wait() == -signal.SIGKILL
-        caught_saving += (tmp_path / "killed" / "checkpoints" / STAGING_FOLDER).exists()
-    assert num_kills == NUM_KILLS
-    print(f"{method}: {caught_saving} of {num_kills} kills fell into saving")
+        while not kill(server, server.start(pretrain_words("killed", **options), log), killed, log, step, delay_s):
+            assert outcome(killed) == outcome(whole)
+            shutil.rmtree(killed)
+        caught_saving += (killed / "checkpoints" / STAGING_FOLDER).exists()
+    print(f"{method}: {caught_saving} of {NUM_KILLS} kills fell into saving")
     server.start(pretrain_words("killed", **options), log)
     assert server.wait() == 0, log.read_text()
     assert "continuing from" in log.read_text()
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert outcome(killed) == outcome(whole)
