@@ -6,13 +6,13 @@ checkpoint tensors and numbers instead, and makes the objects again when it is l
 
 from __future__ import annotations
 
-import math
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from misa.checks import check_number
 from misa.methods.base import Hyperparameters, Method
 from misa.optimizer import partition
 
@@ -113,8 +113,8 @@ def _apply(
     for name, least in (("galore_r", 1), ("galore_update_every", 1)):
         if options[name] < least:
             raise ValueError(f"{name}={options[name]}: must be at least {least}")
-    if (rate := options["always_on_lr"]) is not None and not 0 <= rate < math.inf:
-        raise ValueError(f"always_on_lr={rate}: must be finite and not negative")
+    if options["always_on_lr"] is not None:
+        check_number("always_on_lr", options["always_on_lr"])
     projection = {
         "rank": options["galore_r"],
         "update_proj_gap": options["galore_update_every"],

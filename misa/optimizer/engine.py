@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from misa.checks import check_number
 from misa.distributed.workers import Workers
 from misa.distributed.wrapped import unwrapped
 from misa.gradients import Probe
@@ -61,8 +62,7 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: must not be negative")
+            check_number(name, value)
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"betas={betas}: both must lie in [0, 1)")
         self.settings = settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from misa.checks import check_number
 from misa.inner import takes_no_closure
 from misa.optimizer.blocks import GRANULARITIES, REST_KINDS, Block, least_budget
 from misa.optimizer.importance import ScoreRule
@@ -106,13 +106,15 @@ class Settings:
         for kind in self.always_on:
             if kind not in REST_KINDS:
                 raise ValueError(f"always_on={self.always_on!r}: {kind!r} is none of {', '.join(REST_KINDS)}")
-        if self.always_on_lr is not None and not (self.always_on and 0 <= self.always_on_lr < math.inf):
-            raise ValueError(f"always_on_lr={self.always_on_lr}: must be finite and not negative, and needs always_on")
+        if self.always_on_lr is not None:
+            check_number("always_on_lr", self.always_on_lr)
+            if not self.always_on:
+                raise ValueError(f"always_on_lr={self.always_on_lr}: needs always_on")
         if self.order != "all" and (self.budget is None) == (self.num_blocks is None):
             raise ValueError("budget and num_blocks: give exactly one of them")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise ValueError(f"budget={self.budget}: must lie in (0, 1], the share of all parameters")
-        least_of = {"num_blocks": 1, "interval": 1, "round_warmup": 0, "probe_every": 0, "sample_last": 0}
+        if self.budget is not None:
+            check_number("budget", self.budget, "must lie in (0, 1], a share of all parameters", positive=True, most=1)
+        least_of = {"num_blocks": 1, "interval": 1, "round_warmup": 0, "probe_every": 0, "sample_last": 0, "seed": 0}
         for name, least in least_of.items():
             value = getattr(self, name)
             if (value, name) != (None, "num_blocks") and (not isinstance(value, int) or value < least):
@@ -128,10 +130,9 @@ class Settings:
                 raise ValueError(
                     f"eta='auto': a score with clip={self.score.clip} needs a number, the scale it cuts at"
                 )
-        elif not (math.isfinite(self.eta) and self.eta >= 0):
-            raise ValueError(f"eta={self.eta}: must be finite and not negative, or 'auto'")
-        if not 0 < self.effective_share <= 1:
-            raise ValueError(f"effective_share={self.effective_share}: must lie in (0, 1]")
+        else:
+            check_number("eta", self.eta, "must be finite and not negative, or 'auto'")
+        check_number("effective_share", self.effective_share, "must lie in (0, 1]", positive=True, most=1)
         if self.inner is not None and self.state_format not in ("master", "inner"):
             raise ValueError(
                 f"state_format={self.state_format!r}: with an inner optimizer of your own, choose 'master' or 'inner'"

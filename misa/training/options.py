@@ -232,6 +232,8 @@ def require_sense(fields: dict[str, Any]) -> None:
     for name, least in LEAST.items():
         if fields[name] is not None and not fields[name] >= least:  # also of what is no number
             raise ValueError(f"{name} is {fields[name]}, allowed is {least} or more")
+    if fields["learning_rate"] == math.inf:
+        raise ValueError("learning_rate is inf, allowed are finite numbers from 0")
     if fields["max_steps"] != -1 and fields["max_steps"] < 1:
         raise ValueError(f"max_steps is {fields['max_steps']}, allowed is 1 or more, or -1 for num_train_epochs")
     if fields["max_steps"] == -1 and not 0 < fields["num_train_epochs"] < math.inf:

@@ -145,6 +145,7 @@ def test_adapter_is_no_base_for_another(
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0, allowed is 1 or more"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers is -1, allowed is 0 or more"),
         ({"max_grad_norm": "nan"}, "max_grad_norm is nan, allowed is 0 or more"),
+        ({"learning_rate": "inf"}, "learning_rate is inf, allowed are finite numbers from 0"),
         ({"max_steps": 0}, "max_steps is 0, allowed is 1 or more, or -1"),
         ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs is 0.0, allowed is more than 0"),
         ({"max_steps": -1, "num_train_epochs": "inf"}, "num_train_epochs is inf, allowed is more than 0"),
