@@ -147,9 +147,8 @@ class FusedAdamW:
         self._plan: _Plan | None = None
         self._memory: list[int] = []  # of the weights that the plan was made for, which it keeps alive
 
-    @torch.no_grad()
     def update(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
-        """One step on every tensor that has a gradient.
+        """One step on every tensor that has a gradient. To be called without autograd.
 
         Args:
             found_inf: fp32, on a device: 1.0 if nothing is to change, else 0.0. None: the step is taken.

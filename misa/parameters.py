@@ -340,7 +340,9 @@ class Entry:
     def has_changed_gradient(self) -> bool:
         """Whether the gradient was written to, or is another one, since it was measured in the backward pass."""
         grad = self.param.grad
-        return self.norm is not None and grad is not None and stamp(local_part(grad)) != self.grad_stamp
+        if self.norm is None or grad is None:
+            return False
+        return stamp(grad if self.local is self.param else local_part(grad)) != self.grad_stamp
 
     def find_local(self, part: Callable[[Tensor], Tensor]) -> None:
         """Look where the part of the weight that this process updates lies; it may have moved while it was off."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from misa.optimizer.importance import Array
     from misa.optimizer.sampling import BlockSampler
     from misa.optimizer.settings import Settings
+    from misa.parameters import Entry
 
 
 class Workers:
@@ -101,18 +102,21 @@ class Workers:
         return list(self._exchange.watch(params, then, always))
 
     def settle(self) -> None:
-        """Reduce gradients that were accumulated without it.
+        """Reduce gradients that were accumulated without it."""
+        if self._exchange is not None:
+            self._exchange.settle()
+
+    def require_known_group(self) -> None:
+        """Refuse a process group that is younger than the optimizer, which would train alone.
 
         Raises:
-            RuntimeError: If the optimizer was made before the process group, and trains alone.
+            RuntimeError: If there is one.
         """
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() != self.size:
             raise RuntimeError(
                 f"the optimizer was made for {self.size} processes, and there are {dist.get_world_size()}: make it "
                 "after init_process_group, TrainingArguments or Accelerator()"
             )
-        if self._exchange is not None:
-            self._exchange.settle()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -151,10 +155,10 @@ class Workers:
         """State of the local part, from state that was saved whole or in parts."""
         return (sharded if self._rows is None else self._rows).part_for(value, param)
 
-    def gather_weights(self, params: Iterable[Tensor]) -> None:
+    def gather_weights(self, entries: Sequence[Entry]) -> None:
         """Exchange the parts of weights that were updated, where each process updates its own."""
         if self._rows is not None:
-            self._rows.gather(params)
+            self._rows.gather([e.param for e in entries])
 
     def gather_state(self, packed: dict[str, Any]) -> dict[str, Any] | None:
         """A state dictionary with the parts of all processes, on process 0; None on the others, or if none shares."""

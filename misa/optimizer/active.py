@@ -12,7 +12,7 @@ from torch import Tensor
 
 from misa.distributed.workers import Workers
 from misa.gradients import TINY, NormSums, Number, Numbers, each
-from misa.inner import FusedAdamW, make_inner, stamp
+from misa.inner import ADAM, FusedAdamW, make_inner, stamp
 from misa.optimizer.settings import Settings
 from misa.parameters import Entry, moved
 
@@ -44,6 +44,8 @@ class ActiveSet:
         self._rounding = rounding
         self._workers = workers
         self._inners: list[Any] = []
+        ours = settings.inner is None or hasattr(settings.inner, "skips_on_device")
+        self._taken = [k for k in (ADAM if ours else ("lr", "weight_decay")) if k not in settings.inner_kwargs]
         self.group_state_before: dict[str, Any] = {}  # for the inner optimizer of a round that is continued
         for e in self.entries:
             e.find_local(workers.local_part)
@@ -143,6 +145,7 @@ class ActiveSet:
         """Make master copies, the inner optimizer and its moments, unless that is done."""
         if self._inners:
             return
+        self._workers.require_known_group()
         for e in self.entries:
             if e.master is not None:
                 e.master = e.master.to(e.param.device)
@@ -179,22 +182,19 @@ class ActiveSet:
         }
 
     def _hyperparameters(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What the inner optimizer takes over from a group: all of it, or lr and decay if it is not one of ours."""
-        if self._settings.inner is None or hasattr(self._settings.inner, "skips_on_device"):
-            taken = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
-        else:
-            taken = {k: group[k] for k in ("lr", "weight_decay") if k not in self._settings.inner_kwargs}
+        """What the inner optimizer takes over from a group."""
+        taken = {name: group[name] for name in self._taken}
         if "lr" in taken:
             taken["lr"] = taken["lr"] * self.lr_factor  # a tensor is copied, since steps write to the inner one
         return taken
 
     def _run(self, inner: Any, entries: list[Entry], bad: Tensor | bool, scale: Tensor | None) -> None:
         for group in inner.param_groups:  # learning rate, decay and so on, as the schedulers left them
-            for name, value in self._hyperparameters(self._groups[group["outer"]]).items():
-                if isinstance(group.get(name), Tensor):  # an inner optimizer of compiled code wants to keep its own
-                    group[name].fill_(value)
-                else:
-                    group[name] = value
+            taken = self._hyperparameters(self._groups[group["outer"]])
+            if self._settings.inner is not None:  # which may be of compiled code, and wants to keep its own tensors
+                for name in [name for name in taken if isinstance(group.get(name), Tensor)]:
+                    group[name].fill_(taken.pop(name))
+            group.update(taken)
         part = self._workers.local_part
         for e in entries:
             e.take_gradient(part)
@@ -218,12 +218,12 @@ class ActiveSet:
                     torch._foreach_mul_([g for e in entries if (g := e.target.grad) is not None], 1 / scale)
                 inner.step()
             self._narrow(entries)
-        self._workers.gather_weights(e.param for e in entries)
+            if not all(map(self._state.get, (e.param for e in entries))):
+                self._show_state(inner, entries)
+        self._workers.gather_weights(entries)
         for e in entries:
             e.stamp = stamp(e.local)
             e.forget_gradient()
-        if not all(map(self._state.get, (e.param for e in entries))):
-            self._show_state(inner, entries)
 
     def _show_state(self, inner: Any, entries: list[Entry]) -> None:
         self._state.update({e.param: inner.state[e.target] for e in entries if e.target in inner.state})

@@ -203,14 +203,14 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
             return loss
         self._num_idle = 0
         self._gathered = None
-        found = getattr(self, "found_inf", None)  # set by a GradScaler, with grad_scale unless it has unscaled
+        found = self.__dict__.get("found_inf")  # set by a GradScaler, with grad_scale unless it has unscaled
         overflow = None if found is None else torch.as_tensor(found)
-        self._on.step(entries, getattr(self, "grad_scale", None), overflow)
+        self._on.step(entries, self.__dict__.get("grad_scale"), overflow)
         self._num_steps += 1
         self._step_in_round += 1
         if self._step_in_round >= self._round_length:
             self._end_round()
-        else:
+        elif self.settings.round_warmup or self.settings.probe_every:
             self._on.lr_factor = self._lr_factor
             self._start_probe_if_due()
         return loss

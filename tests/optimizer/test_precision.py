@@ -54,7 +54,8 @@ def test_master_made_again_is_the_one_dropped(dtype):
     train(model, optimizer, 1)
     backward(model, 1)
     entry = optimizer._on.entries[0]
-    optimizer._on.step(optimizer._on.with_gradient(), None, None)
+    with torch.no_grad():
+        optimizer._on.step(optimizer._on.with_gradient(), None, None)
     optimizer.zero_grad()
     master = entry.master.clone()
     entry.drop_state(keep_residual=True)
@@ -144,6 +145,7 @@ SHAPES = [(33, 17), (64, 64), (7,), (300, 1001), (3, 5, 9), (1, 1)]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [64, 1 << 10, 1 << 18])
+@torch.no_grad()
 def test_fused_rule_equals_torch_bit_for_bit_for_any_workspace(dtype, chunk, monkeypatch):
     monkeypatch.setitem(inner.CHUNK_NUMEL, "cpu", chunk)
     torch.manual_seed(0)
@@ -166,6 +168,7 @@ def test_fused_rule_equals_torch_bit_for_bit_for_any_workspace(dtype, chunk, mon
             assert torch.equal(rule.state[p][key], value), key
 
 
+@torch.no_grad()
 def test_fused_rule_follows_weights_whose_memory_is_not_in_order():
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(40, 30).bfloat16().t())
@@ -182,6 +185,7 @@ def test_fused_rule_follows_weights_whose_memory_is_not_in_order():
     assert torch.equal(ours, theirs.bfloat16())
 
 
+@torch.no_grad()
 def test_fused_rule_changes_nothing_where_told_so():
     p = nn.Parameter(torch.ones(4))
     p.grad = torch.ones(4)
@@ -192,6 +196,7 @@ def test_fused_rule_changes_nothing_where_told_so():
     assert not rule.state[p]["exp_avg"].any()
 
 
+@torch.no_grad()
 def test_workspace_is_small_whatever_the_model_and_has_no_memory_between_steps():
     weight = nn.Parameter(torch.zeros(5000, 1000, dtype=torch.bfloat16))
     master = nn.Parameter(weight.detach().float())
