@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from misa.layout import SameLayout
+
 if TYPE_CHECKING:
     from misa.optimizer.settings import Settings
 
@@ -184,7 +186,7 @@ class FusedAdamW:
         with_grad = [p for p, weight in zip(self._all, self._sources, strict=True) if weight.grad is not None]
         self.make_state(with_grad)
         for p in with_grad:
-            self._require_shape(p)
+            self._require_kind(p)
         batches: list[_Batch] = []
         rooms = {device: self._make_room(device) for device in dict.fromkeys(p.device for p in self._weights)}
         for group in self.param_groups:
@@ -193,7 +195,8 @@ class FusedAdamW:
                 weight, state = self._weights.get(p, p), self.state[p]
                 if weight.grad is None:
                     continue
-                room = None if weight is p or not weight.is_contiguous() else rooms[p.device]
+                in_pieces = weight is not p and weight.is_contiguous() and p.is_contiguous()
+                room = rooms[p.device] if in_pieces else None
                 for part in parts(weight, None if room is None else room.numel()):
                     if batch is None or not batch.admits(p, weight is p, room, part):
                         batch = _Batch(group, p, weight is p, room)
@@ -212,13 +215,18 @@ class FusedAdamW:
         plan.free_rooms()
         return plan, len(with_grad) == len(self._all)
 
-    def _require_shape(self, p: Tensor) -> None:
-        """Refuse a weight of another size than its moments: the kernel would write beyond them."""
+    def _require_kind(self, p: Tensor) -> None:
+        """Refuse a weight of another size than its moments, beyond which the kernel would write, or of another type."""
         weight, moment = self._weights.get(p, p), self.state[p]["exp_avg"]
         if not weight.shape == p.shape == moment.shape:
             raise ValueError(
                 f"a weight has the shape {tuple(weight.shape)}, and its moments {tuple(moment.shape)}: it was resized "
                 "while it was trained (by resize_token_embeddings, say); make the optimizer after that"
+            )
+        if p.dtype != moment.dtype:
+            raise ValueError(
+                f"a weight became {p.dtype} (by model.to, say) while it was trained, and its moments are "
+                f"{moment.dtype}; make the optimizer after that, or change the type back before the next step"
             )
 
     def _make_room(self, device: torch.device) -> Tensor:
@@ -320,11 +328,9 @@ def fused_adamw(
 ) -> None:
     """Torch's fused AdamW kernel on lists of tensors of one device and type; `steps` count this step already."""
     device = params[0].device
+    alike = SameLayout(params, grads, exp_avgs, exp_avg_sqs)
     torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
+        *alike.lists,
         [],
         steps,
         lr=group["lr"],
@@ -337,6 +343,7 @@ def fused_adamw(
         grad_scale=None if grad_scale is None else grad_scale.to(device),
         found_inf=None if found_inf is None else found_inf.to(device),
     )
+    alike.write_back()
 
 
 class BoundedAdam(torch.optim.Optimizer):

@@ -64,7 +64,8 @@ class RoundedAdamW(torch.optim.Optimizer):
                     name: _levels(name, p.device) for name in ("exp_avg", "exp_avg_sq") if f"{name}_scale" in state
                 }
                 length = min(CHUNK_NUMEL.get(p.device.type, OTHER_CHUNK_NUMEL), OTHER_CHUNK_NUMEL)
-                for part in parts(p, length if p.is_contiguous() else None):
+                in_pieces = all(t.is_contiguous() for t in (p, state["exp_avg"], state["exp_avg_sq"]))
+                for part in parts(p, length if in_pieces else None):
                     self._update_part(p, part, state, group, levels, found_inf, grad_scale)
                 if found_inf is not None:
                     state["step"] -= found_inf.to(p.device)

@@ -9,6 +9,7 @@ import functools
 import sys
 import warnings
 import weakref
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class FirstForward:
         self._optimizer: weakref.ref[object] | None = weakref.ref(optimizer)
         self.compiled = ""  # "model" or "layers"
         self._has_warned = False
-        self._candidates: list[nn.Module] | None = None  # modules that may be checkpointed, once the model has run
+        # Modules that may be checkpointed, once the model has run; a hook that held its model would keep it in memory.
+        self._candidates: list[weakref.ref[nn.Module]] | None = None
         self._seen: list[Any] | None = None
         self._handle = model.register_forward_pre_hook(self)
 
@@ -43,8 +45,8 @@ class FirstForward:
             if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in modules):
                 self.compiled = "layers"
             marks = ("gradient_checkpointing", _CHECKPOINTED, "enable_input_require_grads")
-            self._candidates = [m for m in modules if any(hasattr(m, mark) for mark in marks)]
-        if self._seen is None or any(a is not b for a, b in zip(self._seen, self._look(), strict=True)):
+            self._candidates = [weakref.ref(m) for m in modules if any(hasattr(m, mark) for mark in marks)]
+        if self._seen is None or any(a is not b for a, b in zip_longest(self._seen, self._look())):
             skip_frozen_prefix(module)
             self._seen = self._look()
         if self._optimizer is None or self._optimizer() is None:
@@ -57,7 +59,7 @@ class FirstForward:
     def _look(self) -> list[Any]:
         """What changes when checkpointing is turned on or off: own attributes of each module that may have it."""
         names = (_CHECKPOINTED, "gradient_checkpointing", "_require_grads_hooks")
-        return [vars(m).get(name) for m in self._candidates or [] for name in names]
+        return [vars(m).get(name) for ref in self._candidates or [] if (m := ref()) is not None for name in names]
 
     def warn_if_compiled(self, num_blocks: int) -> None:
         """Say once, at the end of the first round, what switching blocks means for compiled code.

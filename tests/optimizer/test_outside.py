@@ -48,6 +48,18 @@ def test_weights_that_get_other_memory_in_a_round_train_on_bit_for_bit(make, cha
     assert same(model, twin)
 
 
+def test_weight_of_another_type_than_its_moments_is_refused_in_words():
+    model = llama()
+    optimizer = MISA(model, budget=0.3, interval=6)
+    train(model, optimizer, 2)
+    model.to(torch.bfloat16)
+    backward(model, 2)
+    with pytest.raises(ValueError, match=r"a weight became torch.bfloat16 .* make the optimizer after that"):
+        optimizer.step()
+    optimizer.zero_grad()
+    train(model.to(torch.float32), optimizer, 2)
+
+
 @dtypes
 def test_weights_put_in_place_of_the_active_ones_are_taken_over(dtype):
     model = llama(dtype=dtype)
@@ -289,6 +301,23 @@ def test_masters_of_a_forgotten_optimizer_are_freed(in_backward):
     del optimizer
     gc.collect()
     assert not any(master() is not None for master in masters)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_model_is_freed_with_its_last_name_and_waits_for_no_collector(checkpointed):
+    model = llama()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+    optimizer = MISA(model, budget=0.3, interval=2)
+    train(model, optimizer, 3)
+    gc.collect()
+    gc.disable()
+    try:
+        parameters = [weakref.ref(p) for p in model.parameters()]
+        del optimizer, model
+        assert not any(parameter() is not None for parameter in parameters)
+    finally:
+        gc.enable()
 
 
 def test_forgotten_optimizer_that_steps_in_the_backward_pass_steps_no_more():
