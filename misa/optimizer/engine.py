@@ -17,7 +17,7 @@ from misa.distributed.workers import Workers
 from misa.distributed.wrapped import unwrapped
 from misa.gradients import Probe
 from misa.inner import warn_if_lost_in_rounding
-from misa.integration.first_forward import FirstForward, warn_if_unreached
+from misa.integration.first_forward import FirstForward, warn_if_frozen, warn_if_unreached
 from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
 from misa.optimizer import importance, state
@@ -61,8 +61,8 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value}: must not be negative")
+            if not (isinstance(value, float | int | torch.Tensor | np.number) and value >= 0):
+                raise ValueError(f"{name}={value!r}: must be a number that is not negative")
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"betas={betas}: both must lie in [0, 1)")
         self.settings = settings
@@ -262,9 +262,9 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Continue from a `state_dict`; a ValueError says how names, shapes, types or order of the model differ."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+            state_dict = hook(self, state_dict) or state_dict
         self._gathered = None
+        warn_if_frozen(self._freezing.is_overruled)
         state.unpack(self, state_dict)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)

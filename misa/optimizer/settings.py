@@ -110,8 +110,8 @@ class Settings:
             raise ValueError(f"always_on_lr={self.always_on_lr}: must be finite and not negative, and needs always_on")
         if self.order != "all" and (self.budget is None) == (self.num_blocks is None):
             raise ValueError("budget and num_blocks: give exactly one of them")
-        if self.budget is not None and not 0 < self.budget <= 1:
-            raise ValueError(f"budget={self.budget}: must lie in (0, 1], the share of all parameters")
+        if self.budget is not None and not (isinstance(self.budget, float | int) and 0 < self.budget <= 1):
+            raise ValueError(f"budget={self.budget!r}: must lie in (0, 1], the share of all parameters")
         least_of = {"num_blocks": 1, "interval": 1, "round_warmup": 0, "probe_every": 0, "sample_last": 0}
         for name, least in least_of.items():
             value = getattr(self, name)

@@ -38,6 +38,9 @@ from misa.optimizer import MISA, Settings
         ({"probe_every": 1, "step_in_backward": True}, "probe_every"),
         ({"effective_share": 0.0}, "effective_share=0.0"),
         ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": "1e-4"}, "lr='1e-4': must be a number"),  # what YAML makes of 1e-4
+        ({"lr": None}, "lr=None: must be a number"),
+        ({"budget": "0.03"}, "budget='0.03'"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"betas": (0.9, 1.0)}, "betas="),
         ({"inner": torch.optim.SGD, "state_format": "bf16"}, "state_format='bf16'"),
