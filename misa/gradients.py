@@ -37,6 +37,8 @@ def gradient_norm(grad: Tensor) -> Number:
     is the norm of the local part.
     """
     grad = local_part(grad)
+    if grad.layout is not torch.strided:
+        raise ValueError("a gradient is sparse, and AdamW needs whole ones: make its nn.Embedding with sparse=False")
     readable = grad.is_cpu and type(grad) is Tensor  # not a fake tensor, say
     whole = grad
     if grad.is_cpu and grad.dtype != torch.float16:

@@ -54,7 +54,7 @@ def trainable(source: nn.Module | Iterable[NamedParameter]) -> list[NamedParamet
     names: dict[str, int] = {}
     for item in source.named_parameters() if isinstance(source, nn.Module) else source:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise ValueError(f"parameters must be given with their names, as (name, parameter) pairs; got {type(item)}")
+            raise ValueError(f"give a model (Trainers: misa.TrainerOptimizer) or (name, parameter) pairs: {type(item)}")
         name, p = plain_name(item[0]), item[1]
         if names.setdefault(name, id(p)) != id(p):
             raise ValueError(f"parameters: two of them have the name {name!r}; give each a name of its own")

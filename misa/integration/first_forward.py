@@ -108,6 +108,23 @@ def warn_if_unreached(num_steps: int, interval: int, active: tuple[str, ...]) ->
         )
 
 
+def warn_if_frozen(frozen: bool) -> None:
+    """Say that a state is loaded into weights that somebody else has frozen, which switches them on again.
+
+    Accelerate loads one when it prepares an optimizer, so this is where one made too early for PEFT is noticed.
+
+    Args:
+        frozen: Whether something else has switched off what the optimizer had on.
+    """
+    if frozen:
+        warnings.warn(
+            "what this optimizer trains was frozen by something else (PEFT, as with peft_config?) after it was made, "
+            "and is switched on again; adapters made since then are not trained. To train adapters, make the optimizer "
+            "after them: give the trainer a model from get_peft_model, or misa.TrainerOptimizer",
+            stacklevel=3,
+        )
+
+
 def skip_frozen_prefix(model: nn.Module) -> None:
     """Let a checkpointed transformers model skip its frozen prefix in the backward pass.
 

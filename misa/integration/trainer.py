@@ -19,6 +19,8 @@ class TrainerOptimizer:
         ```python
         Trainer(model, args, optimizer_cls_and_kwargs=(misa.TrainerOptimizer, {"lr": 1e-4, "budget": 0.03}))
         ```
+
+    A trainer without that argument takes an optimizer made before it: `optimizers=(misa.MISA(model, lr=1e-4), None)`.
     """
 
     def __call__(self, model: nn.Module, preset: str = "misa", **options: Any) -> BlockCoordinateOptimizer:

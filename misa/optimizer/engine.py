@@ -18,7 +18,7 @@ from misa.distributed.workers import Workers
 from misa.distributed.wrapped import unwrapped
 from misa.gradients import Probe
 from misa.inner import warn_if_lost_in_rounding
-from misa.integration.first_forward import FirstForward, warn_if_unreached
+from misa.integration.first_forward import FirstForward, warn_if_frozen, warn_if_unreached
 from misa.integration.record import RoundRecord
 from misa.integration.wrappers import refuse_unsupported
 from misa.optimizer import importance, state
@@ -262,9 +262,9 @@ class BlockCoordinateOptimizer(torch.optim.Optimizer):
         """Continue from a `state_dict`; a ValueError says how names, shapes, types or order of the model differ."""
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+            state_dict = hook(self, state_dict) or state_dict
         self._gathered = None
+        warn_if_frozen(self._freezing.is_overruled)
         state.unpack(self, state_dict)
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import llama, moved, same, weights
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 import misa
 
@@ -146,6 +146,51 @@ def test_unknown_preset_is_refused_and_the_known_are_named():
 def test_learning_rate_must_be_given_where_a_trainer_passes_none_on():
     with pytest.raises(ValueError, match=r"^lr is missing: TrainingArguments' learning_rate"):
         misa.TrainerOptimizer()(llama(1), budget=0.3)
+
+
+def test_class_of_the_optimizer_in_the_place_of_its_factory_is_refused_in_words(tmp_path):
+    trainer = Trainer(
+        llama(2),
+        TrainingArguments(str(tmp_path), report_to=[], use_cpu=True),
+        train_dataset=Tokens(8),
+        optimizer_cls_and_kwargs=(misa.MISA, {"lr": 1e-3}),
+    )
+    with pytest.raises(ValueError, match=r"Trainers: misa.TrainerOptimizer"):
+        trainer.train()
+
+
+def test_trainer_without_that_argument_takes_an_optimizer_and_resumes_bit_for_bit(tmp_path):
+    def make():
+        model = llama(2)
+        arguments = Seq2SeqTrainingArguments(
+            str(tmp_path),
+            max_steps=6,
+            save_steps=1,
+            per_device_train_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_checkpointing=True,
+        )
+        optimizer = misa.MISA(model, lr=1e-3, budget=0.3, interval=3)
+        return Seq2SeqTrainer(model, arguments, train_dataset=Tokens(24), optimizers=(optimizer, None))
+
+    whole, resumed = make(), make()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert whole.optimizer.optimizer.round == 2
+    assert same(whole.model, resumed.model)
+
+
+def test_optimizer_made_before_the_adapters_says_so(tmp_path):
+    from accelerate import Accelerator
+    from peft import LoraConfig, get_peft_model
+
+    base = llama(2)
+    optimizer = misa.MISA(base, lr=1e-3, budget=0.3)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with pytest.warns(UserWarning, match="frozen by something else .* after it was made"):
+        Accelerator(cpu=True).prepare(model, optimizer)
 
 
 def test_accelerate_loop_equals_a_bare_loop():

@@ -181,7 +181,7 @@ def test_model_without_repeated_layers_raises_in_words():
 
 
 def test_parameters_without_names_raise():
-    with pytest.raises(ValueError, match="with their names"):
+    with pytest.raises(ValueError, match=r"give a model .* or \(name, parameter\) pairs"):
         partition(list(llama(1).parameters()))
 
 

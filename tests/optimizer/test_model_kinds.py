@@ -94,3 +94,12 @@ def test_all_order_trains_every_block_always():
     assert len(optimizer.active) == 21
     train(model, optimizer, 3)
     assert len(optimizer.active) == 21
+
+
+def test_sparse_gradients_are_refused_in_words():
+    model = nn.Sequential(nn.Embedding(64, 8, sparse=True), *(nn.Linear(8, 8) for _ in range(3)))
+    MISA(model, num_blocks=1)  # off, they are in nobody's way
+    optimizer = LISA(model, granularity="matrix", always_on=["embeddings"])
+    model(torch.arange(6)).square().sum().backward()
+    with pytest.raises(ValueError, match=r"a gradient is sparse.*sparse=False"):
+        optimizer.step()
