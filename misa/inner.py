@@ -133,11 +133,7 @@ class FusedAdamW:
     skips_on_device = True
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        weights: dict[Tensor, Tensor] | None = None,
-        **defaults: Any,
+        self, params: Iterable[Any], *, weights: dict[Tensor, Tensor] | None = None, **defaults: Any
     ) -> None:
         given = list(params)
         groups = given if isinstance(given[0], dict) else [{"params": given}]
@@ -270,6 +266,7 @@ class _Batch:
     direct: bool  # the kernel updates the weights themselves
     room: Tensor | None  # where gradients are widened; None if they need not be, or are not contiguous
     used: int = 0
+    alike: bool = True  # whether what the kernel gets is known to lie alike in memory, step after step
     params: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
@@ -296,6 +293,8 @@ class _Batch:
             target = self.targets[-1]
             self.wide.append(self.room.as_strided(target.shape, target.stride(), self.used))
             self.used += target.numel()
+        strides = {tensors[-1].stride() for tensors in (self.targets, self.exp_avgs, self.exp_avg_sqs)}
+        self.alike &= self.room is not None and len(strides) == 1
 
     def step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         grads: list[Any] = [
@@ -307,7 +306,7 @@ class _Batch:
         elif not self.direct:
             grads = [torch.empty_like(t).copy_(g) for t, g in zip(self.targets, grads, strict=True)]
         lists = (self.targets, grads, self.exp_avgs, self.exp_avg_sqs, self.steps)
-        fused_adamw(*lists, self.group, found_inf, grad_scale)
+        fused_adamw(*lists, self.group, found_inf, grad_scale, self.alike)
         if self.weights:
             torch._foreach_copy_(self.weights, self.targets)
 
@@ -325,12 +324,14 @@ def fused_adamw(
     group: dict[str, Any],
     found_inf: Tensor | None = None,
     grad_scale: Tensor | None = None,
+    alike: bool = False,
 ) -> None:
     """Torch's fused AdamW kernel on lists of tensors of one device and type; `steps` count this step already."""
     device = params[0].device
-    alike = SameLayout(params, grads, exp_avgs, exp_avg_sqs)
+    lists = (params, grads, exp_avgs, exp_avg_sqs)
+    same = None if alike else SameLayout(*lists)
     torch._fused_adamw_(
-        *alike.lists,
+        *(lists if same is None else same.lists),
         [],
         steps,
         lr=group["lr"],
@@ -343,7 +344,8 @@ def fused_adamw(
         grad_scale=None if grad_scale is None else grad_scale.to(device),
         found_inf=None if found_inf is None else found_inf.to(device),
     )
-    alike.write_back()
+    if same is not None:
+        same.write_back()
 
 
 class BoundedAdam(torch.optim.Optimizer):
