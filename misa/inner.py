@@ -132,9 +132,7 @@ class FusedAdamW:
 
     skips_on_device = True
 
-    def __init__(
-        self, params: Iterable[Any], *, weights: dict[Tensor, Tensor] | None = None, **defaults: Any
-    ) -> None:
+    def __init__(self, params: Iterable[Any], *, weights: dict[Tensor, Tensor] | None = None, **defaults: Any) -> None:
         given = list(params)
         groups = given if isinstance(given[0], dict) else [{"params": given}]
         self.param_groups: list[dict[str, Any]] = [{**ADAM, **defaults, **group} for group in groups]
